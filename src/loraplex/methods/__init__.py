@@ -1,0 +1,14 @@
+"""One room per paper. Importing this package registers the methods with PEFT."""
+
+from loraplex.methods.aslora import AsLoraConfig, AsLoraModel
+from loraplex.methods.dual_lora import DualLoraConfig, DualLoraModel
+from loraplex.methods.masa import MasaConfig, MasaModel
+from loraplex.methods.multilora import MultiLoraConfig, MultiLoraModel
+from loraplex.registry import register
+
+register(MultiLoraConfig, MultiLoraModel)
+register(AsLoraConfig, AsLoraModel)
+register(DualLoraConfig, DualLoraModel)
+register(MasaConfig, MasaModel)
+
+__all__ = ["AsLoraConfig", "DualLoraConfig", "MasaConfig", "MultiLoraConfig"]

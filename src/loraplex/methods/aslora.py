@@ -1,0 +1,280 @@
+"""ASLoRA (arXiv 2412.10135).  h_l = W_l x + (α/r) · B_{m(l)} A x
+
+One A for a whole family of layers; one B per layer at first. While training runs, the most similar B's are merged:
+the lower layer goes over to the upper layer's B, m(l) ← m(upper).
+
+Running average over all steps (eq. 3):  B̄_lᵗ = (1/t) Σ_{k≤t} B_lᵏ
+Score of a pair (eq. 4), smallest is merged:  ‖B̄_i − B̄_j‖_F
+Merges at steps t > T_s with (t − T_s) mod m = 0, one per family, until N are done.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from loraplex.config import AdapterConfig, check_choice, check_count, check_steps
+from loraplex.layer import Factors, kaiming_
+from loraplex.model import AdapterModel
+from loraplex.schedule import Scheduled, StateOf
+from loraplex.sharing import Member, read
+
+logger = logging.getLogger(__name__)
+
+
+def update_average(average: Tensor, B: Tensor, t: int) -> Tensor:
+    """B̄ᵗ = B̄ᵗ⁻¹ + (Bᵗ − B̄ᵗ⁻¹)/t in place, float32 (eq. 3, incrementally)."""
+    return average.add_((B.float() - average) / t)
+
+
+def distance(B_i: Tensor, B_j: Tensor, A: Tensor | None = None) -> float:
+    """‖B̄_i − B̄_j‖_F (eq. 4), or ‖(B̄_i − B̄_j) A‖_F if A is given.
+
+    The second does not change with the basis of the rank space. With Aᵀ = Q R it is ‖(B̄_i − B̄_j) Rᵀ‖_F: no
+    (out, in) matrix is formed.
+    """
+    difference = B_i.double() - B_j.double()
+    if A is not None:
+        R = torch.linalg.qr(A.double().T, mode="r").R
+        difference = difference @ R.T
+    return difference.norm().item()
+
+
+def closest_pair(averages: dict[int, Tensor], candidates: str, A: Tensor | None = None) -> tuple[int, int]:
+    """The pair (lower, upper) of layers whose B's are to be merged; ties go to the lowest layers.
+
+    Args:
+        averages: B̄ of the layers that own a B.
+        candidates: "adjacent" compares neighbours among these layers, "all" every pair.
+        A: given for the "update" distance.
+    """
+    layers = sorted(averages)
+    pairs = pairwise(layers) if candidates == "adjacent" else combinations(layers, 2)
+    return min(pairs, key=lambda pair: distance(averages[pair[0]], averages[pair[1]], A))
+
+
+def merge_due(t: int, start: int, interval: int) -> bool:
+    """Whether step t > T_s is a multiple of m after T_s: with T_s=320, m=240 the first is step 560."""
+    return t > start and (t - start) % interval == 0
+
+
+class AsLoraShared(Scheduled):
+    """A and all B's of each family, and which layer reads which B."""
+
+    def add_shared(self, config: AsLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
+        self.config = config
+        self.maps: dict[str, list[int]] = {}
+        for name, family in families.items():
+            self._add_family(name, family[0].factors, len(family), config)
+
+    def _add_family(self, name: str, factors: Factors, layers: int, config: AsLoraConfig) -> None:
+        if layers > 1 and (config.num_merges or 0) > layers - 1:
+            raise ValueError(
+                f"num_merges={config.num_merges} is larger than possible: the {layers} layers of {name} allow "
+                f"at most {layers - 1} merges."
+            )
+        A = torch.empty(factors.r, factors.in_features)
+        self.register_parameter(f"{name}__lora_A", nn.Parameter(kaiming_(A, fan_in=A.shape[1])))
+        for layer in range(layers):
+            B = torch.zeros(factors.out_features, factors.r)
+            B = B if config.init_weights else nn.init.normal_(B)
+            self.register_parameter(f"{name}__lora_B_{layer}", nn.Parameter(B))
+        # Rows: m(l), and the step at which layer l gave up its own B (0: it has not).
+        self.register_buffer(f"{name}__merges", torch.stack([torch.arange(layers), torch.zeros(layers).long()]))
+        self.maps[name] = list(range(layers))
+
+    def B(self, family: str, layer: int) -> nn.Parameter:
+        """The B that belongs to `layer`."""
+        return getattr(self, f"{family}__lora_B_{layer}")
+
+    def owners(self, family: str) -> list[int]:
+        """Layers whose own B is in use."""
+        return sorted(set(self.maps[family]))
+
+    def num_merges(self, family: str) -> int:
+        """N: the setting, or the paper's 7 of 12 layers."""
+        layers = len(self.maps[family])
+        asked = self.config.num_merges
+        return min(layers * 7 // 12 if asked is None else asked, layers - 1)
+
+    def merge_history(self) -> Iterator[tuple[int, str, int, int]]:
+        """Merges done, as (step, family, lower layer, layer whose B it reads now)."""
+        for family, mapped in self.maps.items():
+            steps = getattr(self, f"{family}__merges")[1].tolist()
+            yield from ((step, family, layer, mapped[layer]) for layer, step in enumerate(steps) if step)
+
+    # Schedule
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.B(family, layer) for family in self.families for layer in self.owners(family)]
+
+    def last_step(self) -> int | None:
+        start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
+        most = max(self.num_merges(family) for family in self.families)
+        return None if start is None or interval is None else start + interval * most
+
+    def finished(self) -> bool:
+        return all(self._merges_left(family) == 0 for family in self.families)
+
+    def describe(self) -> str:
+        config = self.config
+        return f"merge_start_step={config.merge_start_step}, merge_interval={config.merge_interval}"
+
+    def _merges_left(self, family: str) -> int:
+        return self.num_merges(family) - (len(self.maps[family]) - len(self.owners(family)))
+
+    def advance(self, state_of: StateOf) -> None:
+        start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
+        for family in self.families:
+            if self._merges_left(family) > 0:
+                averages, t = self._update_averages(family, state_of)
+                if len(averages) > 1 and merge_due(t, start, interval):  # type: ignore[arg-type]
+                    self._merge(family, averages, t, state_of)
+
+    def _update_averages(self, family: str, state_of: StateOf) -> tuple[dict[int, Tensor], int]:
+        averages, t = {}, 0
+        for layer in self.owners(family):
+            B = self.B(family, layer)
+            state = state_of(B)
+            if not state and B.grad is None:
+                # Optimizers initialise a parameter's state at its first gradient, and only if it is empty.
+                continue
+            t = state["aslora_steps"] = state.get("aslora_steps", 0) + 1
+            if "aslora_average" not in state:
+                state["aslora_average"] = torch.zeros_like(B, dtype=torch.float32)
+            averages[layer] = update_average(state["aslora_average"].float(), B, t)
+            state["aslora_average"] = averages[layer]
+        return averages, t
+
+    def _merge(self, family: str, averages: dict[int, Tensor], t: int, state_of: StateOf) -> None:
+        A = getattr(self, f"{family}__lora_A") if self.config.merge_distance == "update" else None
+        lower, upper = closest_pair(averages, self.config.merge_candidates, A)
+        mapped = [upper if m == lower else m for m in self.maps[family]]
+        merges = getattr(self, f"{family}__merges")
+        merges[0] = torch.tensor(mapped)
+        merges[1, lower] = t
+        self.maps[family] = mapped
+        for key in ("aslora_average", "aslora_steps"):
+            del state_of(self.B(family, lower))[key]
+        logger.info("ASLoRA step %d: %s layer %d now reads layer %d's B", t, family, lower, upper)
+
+    # Saving and loading
+
+    def stale_parameters(self) -> list[str]:
+        return [
+            f"{family}__lora_B_{layer}"
+            for family, mapped in self.maps.items()
+            for layer in range(len(mapped))
+            if layer not in mapped
+        ]
+
+    def fill_stale(self, prefix: str, state: dict[str, Tensor]) -> None:
+        for family in self.families:
+            merges = state.get(f"{prefix}{family}__merges")
+            if merges is not None:
+                for layer, owner in enumerate(merges[0].tolist()):
+                    B = state.get(f"{prefix}{family}__lora_B_{owner}")
+                    if B is not None:
+                        # Nothing reads it; the parameters of a run must not change in number.
+                        state.setdefault(f"{prefix}{family}__lora_B_{layer}", B)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for family in self.families:
+            merges = getattr(self, f"{family}__merges")
+            if not merges.is_meta:
+                self.maps[family] = merges[0].tolist()
+
+
+class _ReadInstead(torch.autograd.Function):
+    """`used`, with a zero gradient for `unused`: DDP fails over a parameter that stops getting gradients mid-run."""
+
+    @staticmethod
+    def forward(ctx: Any, used: Tensor, unused: Tensor) -> Tensor:
+        ctx.unused = (unused.shape, unused.dtype, unused.device)
+        return used.view_as(used)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        shape, dtype, device = ctx.unused
+        return grad, torch.zeros(shape, dtype=dtype, device=device)
+
+
+class AsLoraFactors(Factors):
+    """Nothing of its own: A and B belong to the family."""
+
+    shared: AsLoraShared
+    family: str
+    index: int
+
+    def add_parameters(self, config: AdapterConfig) -> None:
+        pass
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """The family's A `(r, in)`."""
+        return getattr(self.shared, f"{self.family}__lora_A")
+
+    @property
+    def lora_B(self) -> Tensor:
+        """B_{m(l)} `(out, r)`."""
+        own, owner = self.index, self.shared.maps[self.family][self.index]
+        B = self.shared.B(self.family, owner)
+        return B if owner == own else _ReadInstead.apply(B, self.shared.B(self.family, own))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared, A = self.shared, f"{self.family}__lora_A"
+        return linear(linear(self.dropout(x), read(shared, A, x)), self.lora_B.to(x.device)) * self.scaling
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * self.lora_B @ self.lora_A
+
+
+@dataclass
+class AsLoraConfig(AdapterConfig):
+    """Settings of ASLoRA (arXiv 2412.10135).
+
+    Trainable per family of L layers: r·in + L·r·out. After N merges an adapter file holds r·in + (L−N)·r·out.
+    """
+
+    method: ClassVar[str] = "ASLORA"
+    title: ClassVar[str] = "ASLoRA (arXiv 2412.10135)"
+    factors_cls: ClassVar[type] = AsLoraFactors
+    shared_cls: ClassVar[type] = AsLoraShared
+
+    merge_start_step: int | float = 320
+    """T_s, after which merging begins: optimizer steps, or a fraction of the run. The paper's value for MRPC."""
+    merge_interval: int | float = 240
+    """m, the distance of merges: optimizer steps, or a fraction of the run. The paper's value for MRPC."""
+    num_merges: int | None = None
+    """N, merges per family; None: 7 of 12 layers, the paper's share."""
+    merge_candidates: str = "adjacent"
+    """Pairs that are compared: "adjacent" groups of layers (the paper's text) or "all" (its algorithm)."""
+    merge_distance: str = "factor"
+    """"factor" ‖B̄_i − B̄_j‖ (the paper), or "update" ‖(B̄_i − B̄_j) A‖, which does not depend on the basis (ours)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps("merge_start_step", self.merge_start_step)
+        check_steps("merge_interval", self.merge_interval)
+        if self.num_merges is not None:
+            check_count("num_merges", self.num_merges, minimum=0)
+        check_choice("merge_candidates", self.merge_candidates, ("adjacent", "all"))
+        check_choice("merge_distance", self.merge_distance, ("factor", "update"))
+
+    @property
+    def shares_across_layers(self) -> bool:
+        return True
+
+
+class AsLoraModel(AdapterModel):
+    """PEFT's handle on ASLoRA."""
+
+    prefix = "aslora_"

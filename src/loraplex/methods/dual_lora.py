@@ -1,0 +1,162 @@
+"""Dual LoRA (arXiv 2512.03402).  ΔW = α/√(r₁r₂) · ReLU(B A) ⊙ Sign(D C)
+
+A (r₁, in), B (out, r₁) give each weight's update its magnitude, C (r₂, in), D (out, r₂) its direction. Sign is +1 for
+positive inputs and −1 otherwise; its gradient is passed straight through, clipped to [−1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from loraplex.config import AdapterConfig, check_count, check_number, check_steps
+from loraplex.layer import Factors
+from loraplex.model import AdapterModel
+from loraplex.schedule import Scheduled, StateOf
+from loraplex.sharing import Member, read
+
+
+class Sign(torch.autograd.Function):
+    """+1 where the input is positive, −1 elsewhere (Sign(0) = −1); backward clips the gradient to [−1, 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clamp(-1, 1)
+
+
+class DualLoraShared(Scheduled):
+    """The warm-up: ΔW is multiplied by a factor that rises from 0 to 1 over `warmup_steps` optimizer steps.
+
+    All four factors start Gaussian, since a zero factor would close the ReLU for good: B = 0 makes ReLU'(BA) = 0 and
+    with it every gradient. So it is the warm-up that starts training at the base model's function.
+    """
+
+    def add_shared(self, config: DualLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
+        self.config = config
+        # Steps done, and steps in all (0: not known yet). Integers: a cast of the model to bfloat16 leaves them alone.
+        self.register_buffer("warmup", torch.tensor([0, self.resolve(config.warmup_steps) or 0]))
+        if not config.init_weights:
+            self.warmup.copy_(torch.tensor([1, 1]))
+        self.warmup: Tensor
+
+    def trained(self) -> list[nn.Parameter]:
+        return [factors.lora_B for factors in self.member_factors()]  # type: ignore[misc]
+
+    def last_step(self) -> int | None:
+        return self.resolve(self.config.warmup_steps)
+
+    def finished(self) -> bool:
+        done, steps = self.warmup.tolist()
+        return 0 < steps <= done
+
+    def describe(self) -> str:
+        return f"warmup_steps={self.config.warmup_steps}"
+
+    def advance(self, state_of: StateOf) -> None:
+        if not self.finished():
+            self.warmup[0] += 1
+            self.warmup[1] = self.last_step()
+
+    def fraction(self, like: Tensor) -> Tensor:
+        """The warm-up factor, a number between 0 and 1, on the device of `like`."""
+        done, steps = read(self, "warmup", like)
+        return (done / steps.clamp(min=1)).clamp(max=1)
+
+
+class DualLoraFactors(Factors):
+    """A, B (magnitude) and C, D (direction)."""
+
+    shared: DualLoraShared
+
+    def add_parameters(self, config: DualLoraConfig) -> None:  # type: ignore[override]
+        r1, r2 = config.ranks(self.module_name)
+        shapes = {
+            "lora_A": (r1, self.in_features),
+            "lora_B": (self.out_features, r1),
+            "lora_C": (r2, self.in_features),
+            "lora_D": (self.out_features, r2),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) * config.init_std))
+        self.lora_B: nn.Parameter
+        self.lora_C: nn.Parameter
+        self.lora_D: nn.Parameter
+
+    def delta_weight(self) -> Tensor:
+        # Outside autocast and in float32 at least: Sign(DC) flips on bfloat16 rounding, and forward, merge and export
+        # must see the same signs.
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            A, B, C, D = (
+                factor.to(torch.promote_types(factor.dtype, torch.float32))
+                for factor in (self.lora_A, self.lora_B, self.lora_C, self.lora_D)
+            )
+            return self.scaling * self.shared.fraction(A) * torch.relu(B @ A) * Sign.apply(D @ C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self.dropout(x), self.delta_weight().to(x.dtype))
+
+
+@dataclass
+class DualLoraConfig(AdapterConfig):
+    """Settings of Dual LoRA (arXiv 2512.03402). Trainable per module: (r_magnitude + r_direction)·(in + out)."""
+
+    method: ClassVar[str] = "DUALLORA"
+    title: ClassVar[str] = "Dual LoRA (arXiv 2512.03402)"
+    factors_cls: ClassVar[type] = DualLoraFactors
+    shared_cls: ClassVar[type] = DualLoraShared
+
+    r_magnitude: int | None = None
+    """r₁, rank of the magnitude group; None: r − r_direction, or half of r, rounded up."""
+    r_direction: int | None = None
+    """r₂, rank of the direction group; None: r − r_magnitude, or half of r, rounded down."""
+    warmup_steps: int | float = 100
+    """Over how many optimizer steps ΔW fades in: steps, or a fraction of the run. The paper names no number."""
+    init_std: float = 0.02
+    """Standard deviation of the Gaussian from which all four factors start. The paper names no number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r_magnitude", "r_direction"):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value)
+                if self.rank_pattern:
+                    raise ValueError(f"{name}={value} and rank_pattern exclude each other: leave one of them out.")
+        if self.r_magnitude is not None and self.r_direction is not None:
+            self.r = self.r_magnitude + self.r_direction
+        for pattern, r in [("r", self.r), *self.rank_pattern.items()]:
+            if min(self._split(r)) < 1:
+                raise ValueError(
+                    f"{pattern}={r} leaves no rank for one of Dual LoRA's two groups (r_magnitude={self.r_magnitude}, "
+                    f"r_direction={self.r_direction}): r must be at least 2 and larger than either."
+                )
+        check_steps("warmup_steps", self.warmup_steps)
+        check_number("init_std", self.init_std)
+
+    def ranks(self, module_name: str) -> tuple[int, int]:
+        """(r₁, r₂) on the module `module_name`."""
+        return self._split(self.rank(module_name))
+
+    def _split(self, r: int) -> tuple[int, int]:
+        if self.r_magnitude is not None:
+            return self.r_magnitude, r - self.r_magnitude
+        r2 = r // 2 if self.r_direction is None else self.r_direction
+        return r - r2, r2
+
+    def scaling(self, module_name: str) -> float:
+        """α/√(r₁r₂), or α/(r₁r₂)^¼ with `use_rslora`: the geometric mean of the ranks takes the place of r."""
+        r1, r2 = self.ranks(module_name)
+        return self.alpha(module_name) / (r1 * r2) ** (0.25 if self.use_rslora else 0.5)
+
+
+class DualLoraModel(AdapterModel):
+    """PEFT's handle on Dual LoRA."""
+
+    prefix = "duallora_"

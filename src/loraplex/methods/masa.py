@@ -1,0 +1,142 @@
+"""MASA (arXiv 2510.06005).  h_l = W_l x + (α/r) · B_l · mixᵢ(A_{g(l),i} x)
+
+Several down-projections A ("experts"), shared by a group g(l) of adjacent layers, and one up-projection B per layer.
+The paper's abstract does not fix how the experts' outputs are combined; `expert_mixing` is our reading of it:
+
+    "router"  Σᵢ softmax(R_l x)ᵢ · Aᵢ x     a gate per token and layer; ΔW depends on the input
+    "sum"     Σᵢ Aᵢ x                       exactly mergeable, rank r
+    "concat"  [A₁ x; …; Aₙ x]               exactly mergeable, rank n·r: B_l is (out, n·r)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from loraplex.config import AdapterConfig, check_choice, check_count
+from loraplex.layer import Factors, kaiming_
+from loraplex.model import AdapterModel
+from loraplex.sharing import Member, SharedFactors, read
+
+
+class MasaShared(SharedFactors):
+    """The experts of each group of adjacent layers, stacked: A (n·r, in)."""
+
+    def add_shared(self, config: MasaConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
+        for name, family in families.items():
+            for start in range(0, len(family), config.group_size):
+                first = family[start].factors
+                A = torch.empty(config.num_experts * first.r, first.in_features)
+                group = start // config.group_size
+                self.register_parameter(f"{name}__lora_A_{group}", nn.Parameter(kaiming_(A, fan_in=A.shape[1])))
+
+
+class MasaFactors(Factors):
+    """B_l, and with "router" R_l (n, in). A belongs to the group of layers."""
+
+    shared: MasaShared
+    family: str
+    index: int
+
+    def add_parameters(self, config: MasaConfig) -> None:  # type: ignore[override]
+        self.num_experts, self.mixing = config.num_experts, config.expert_mixing
+        self.group_size = config.group_size
+        rank = self.r * (self.num_experts if self.mixing == "concat" else 1)
+        B = torch.zeros(self.out_features, rank)
+        self.lora_B = nn.Parameter(B if config.init_weights else nn.init.normal_(B))
+        if self.mixing == "router":
+            R = torch.zeros(self.num_experts, self.in_features)
+            self.lora_router = nn.Parameter(R if config.init_weights else nn.init.normal_(R))
+        self.mean_gate: Tensor | None = None
+
+    @property
+    def lora_A(self) -> Tensor:  # type: ignore[override]
+        """The group's experts `(n·r, in)`."""
+        return read(self.shared, f"{self.family}__lora_A_{self.index // self.group_size}", self.lora_B)
+
+    def experts(self) -> Tensor:
+        """The group's experts as `(n, r, in)`."""
+        return self.lora_A.view(self.num_experts, self.r, self.in_features)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """softmax(R_l x): `(..., in)` → `(..., n)`."""
+        return linear(x, self.lora_router).softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(self._mixed(x), self.lora_B) * self.scaling
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """mixᵢ(Aᵢ x): `(..., in)` → `(..., r)`, or `(..., n·r)` with "concat"."""
+        if self.mixing == "sum":
+            if self.training and not isinstance(self.dropout, nn.Identity):
+                # A mask per expert: without it all experts get the same gradient and never part.
+                return torch.stack([linear(self.dropout(x), A) for A in self.experts()]).sum(0)
+            return linear(x, self.experts().sum(0))
+        x = self.dropout(x)
+        h = linear(x, self.lora_A)
+        if self.mixing == "concat":
+            return h
+        return torch.einsum("...n,...nr->...r", self.gates(x), h.unflatten(-1, (self.num_experts, self.r)))
+
+    def delta_weight(self) -> Tensor:
+        self.check_mergeable()
+        if self.mixing == "concat":
+            return self.scaling * self.lora_B @ self.lora_A
+        gate = self.mean_gate if self.mixing == "router" else None
+        A = self.experts().sum(0) if gate is None else torch.einsum("n,nri->ri", gate.to(self.lora_B), self.experts())
+        return self.scaling * self.lora_B @ A
+
+    def check_mergeable(self) -> None:
+        if self.mixing == "router" and self.mean_gate is None:
+            raise ValueError(
+                'MASA with expert_mixing="router" has no constant ΔW: its gates depend on the input, so it can\'t be '
+                "merged exactly. Run loraplex.calibrate(model, batches) on text of your task first to merge with the "
+                'mean gates (an approximation, whose error it reports), or train with "sum" or "concat".'
+            )
+
+
+@dataclass
+class MasaConfig(AdapterConfig):
+    """Settings of MASA (arXiv 2510.06005).
+
+    Trainable per family of L layers: ⌈L/share_layers⌉ · n·r·in + L·r·out, plus L·n·in with "router"; B is n times
+    as wide with "concat". With `share_layers` = n and "sum" that is a rank-r LoRA.
+    """
+
+    method: ClassVar[str] = "MASA"
+    title: ClassVar[str] = "MASA (arXiv 2510.06005)"
+    factors_cls: ClassVar[type] = MasaFactors
+    shared_cls: ClassVar[type] = MasaShared
+
+    num_experts: int = 4
+    """n, the number of down-projections A in a group."""
+    share_layers: int | None = None
+    """How many adjacent layers share the experts; None: as many layers as experts."""
+    expert_mixing: str = "router"
+    """How the experts' outputs are combined: "router", "sum" or "concat". Our reading, see the module's text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_experts", self.num_experts)
+        if self.share_layers is not None:
+            check_count("share_layers", self.share_layers)
+        check_choice("expert_mixing", self.expert_mixing, ("router", "sum", "concat"))
+
+    @property
+    def group_size(self) -> int:
+        """Layers per group."""
+        return self.share_layers or self.num_experts
+
+    @property
+    def shares_across_layers(self) -> bool:
+        return True
+
+
+class MasaModel(AdapterModel):
+    """PEFT's handle on MASA."""
+
+    prefix = "masa_"

@@ -1,0 +1,69 @@
+"""MultiLoRA (arXiv 2311.11501).  h = W x + (α/r) · Σᵢ cᵢ ⊙ (Bᵢ Aᵢ x)
+
+n parallel LoRA modules on one weight, the paper's "horizontal" scaling. Bᵢ is not zero at the start; the learnable
+scaling cᵢ is, so that training starts at the base model while no module depends on one dominant direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from loraplex.config import AdapterConfig, check_choice, check_count
+from loraplex.layer import Factors, kaiming_
+from loraplex.model import AdapterModel
+
+
+class MultiLoraFactors(Factors):
+    """A (n·r, in) and B (out, n·r) hold the n modules side by side: one pair of GEMMs instead of n."""
+
+    def add_parameters(self, config: MultiLoraConfig) -> None:  # type: ignore[override]
+        n, r = config.num_modules, self.r
+        self.num_modules = n
+        self.lora_A = nn.Parameter(kaiming_(torch.empty(n * r, self.in_features), fan_in=self.in_features))
+        # Each Bᵢ maps from rank r, so r is its fan-in, not n·r.
+        self.lora_B = nn.Parameter(kaiming_(torch.empty(self.out_features, n * r), fan_in=r))
+        channels = self.out_features if config.scaling_granularity == "channel" else 1
+        c = torch.zeros(n, channels) if config.init_weights else torch.randn(n, channels)
+        self.lora_scaling = nn.Parameter(c)
+
+    def scaled_B(self) -> Tensor:
+        """[c₁ ⊙ B₁, …, cₙ ⊙ Bₙ] · α/r, `(out, n·r)`."""
+        B = self.lora_B.view(self.out_features, self.num_modules, self.r)
+        return (B * (self.scaling * self.lora_scaling).T.unsqueeze(-1)).flatten(1)
+
+    def delta_weight(self) -> Tensor:
+        return self.scaled_B() @ self.lora_A
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(linear(self.dropout(x), self.lora_A), self.scaled_B())
+
+
+@dataclass
+class MultiLoraConfig(AdapterConfig):
+    """Settings of MultiLoRA (arXiv 2311.11501). Trainable per module: n·r·(in + out) + n·out ("channel")."""
+
+    method: ClassVar[str] = "MULTILORA"
+    title: ClassVar[str] = "MultiLoRA (arXiv 2311.11501)"
+    factors_cls: ClassVar[type] = MultiLoraFactors
+    shared_cls: ClassVar[None] = None
+
+    num_modules: int = 3
+    """n, the number of parallel LoRA modules."""
+    scaling_granularity: str = "channel"
+    """Shape of cᵢ: "channel" (one number per output channel) or "module" (one number). The paper leaves it open."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_modules", self.num_modules)
+        check_choice("scaling_granularity", self.scaling_granularity, ("channel", "module"))
+
+
+class MultiLoraModel(AdapterModel):
+    """PEFT's handle on MultiLoRA."""
+
+    prefix = "multilora_"

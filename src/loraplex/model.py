@@ -1,0 +1,283 @@
+"""The tuner: puts adapter layers into a model and reads and writes adapters, for all methods alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraplex.config import AdapterConfig
+from loraplex.layer import AdapterLinear
+from loraplex.sharing import BANK, FactorBank, SharedFactors, link
+
+
+class AdapterModel(BaseTuner):
+    """Abstract tuner. A method subclasses it once, to name its prefix; every subclass can host every method."""
+
+    # The bank is a tuner layer too: switching and deleting adapters must reach it.
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adapt the targets of `peft_config[adapter_name]`, and tie what they share.
+
+        Not in PEFT's injection hooks: those run for the first adapter only, and a second one would not share.
+        On an error the model is left as it was.
+        """
+        config: AdapterConfig = self.peft_config[adapter_name]
+        before = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            if config.shared_cls is not None:
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    bank = link(model, adapter_name, config)
+                active = adapter_name in self.active_adapters and not config.inference_mode
+                bank.shared(adapter_name).requires_grad_(active)  # type: ignore[union-attr]
+                bank._active_adapter = self.active_adapters
+        except Exception:
+            take_off(model, adapter_name)
+            _restore(before)
+            raise
+        if getattr(config, "_unproven", False):
+            self.__dict__.setdefault("_before", {})[adapter_name] = before
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, AdapterLinear) else self._wrap(target, parent, current_key)
+        factors = peft_config.factors_cls(peft_config, current_key, layer.in_features, layer.out_features)
+        layer.add_adapter(adapter_name, peft_config, factors)
+        # Makes the parameters of inactive adapters untrainable.
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _wrap(self, target: nn.Module, parent: nn.Module, name: str) -> AdapterLinear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name} belongs to nn.MultiheadAttention, which reads its weight without calling it: an adapter there "
+                "would do nothing. Put it into exclude_modules."
+            )
+        quantization = get_quantization_kwargs(self.model)
+        if not isinstance(base, (nn.Linear, Conv1D)) and (
+            (backend := resolve_quantization_backend(base, **quantization)) is None
+            or backend.layer_type != "linear"
+        ):
+            raise ValueError(
+                f"{name} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be adapted. "
+                "Leave it out of target_modules, or train it in full with modules_to_save."
+            )
+        return AdapterLinear(target, **quantization)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; on an error no layer stays merged."""
+        self._check_mergeable(adapter_names)
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            self.unmerge_adapter()
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            # Before the first layer is replaced: a refusal half-way would leave a torn model.
+            self._check_mergeable(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model._modules.pop(BANK, None)
+        return model
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for layer in self.model.modules():
+            if isinstance(layer, AdapterLinear):
+                for name in self.active_adapters if adapter_names is None else adapter_names:
+                    if (factors := layer.factors(name)) is not None:
+                        factors.check_mergeable()
+
+    # Switching
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the bank follows the layers in which one is active next."""
+        super().delete_adapter(adapter_name)
+        if (bank := find_bank(self.model)) is not None:
+            bank.set_adapter(self.active_adapters)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` (one per example) down to the layers, for one forward or generate."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names works for inference only: call model.eval() first.")
+        if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
+            raise ValueError(f"adapter_names asks for {unknown}; this model has {sorted(self.peft_config)}.")
+        beams = kwargs.get("num_beams") or 1
+        # generate repeats each example once per beam, except in the encoder.
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = {*self.model.get_encoder().modules()} if _is_encoder_decoder(self.model) else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, names=adapter_names if module in encoder else repeated), with_kwargs=True
+            )
+            for module in self.model.modules()
+            if isinstance(module, (AdapterLinear, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdapterConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for prefix, shared in _shared_with_prefix(model, adapter_name):
+            for name in shared.stale_parameters():
+                entries.pop(prefix + name, None)
+        return entries
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Rename the keys for the model, after checking that every tensor of the adapter is there and fits.
+
+        PEFT would load what happens to fit and leave the rest at random.
+        """
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for prefix, shared in _shared_with_prefix(model, adapter_name):
+            shared.fill_stale(prefix, state)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        problem = _mismatch(expected, state, config)
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        before = tuner.__dict__.get("_before", {}).pop(adapter_name, None) if tuner is not None else None
+        if problem:
+            if before is not None:
+                # The adapter was put on the model for this file only: a failed load leaves the model as it was.
+                tuner._discard(adapter_name)  # type: ignore[union-attr,operator]
+                _restore(before)
+            raise ValueError(problem)
+        return state
+
+    def _discard(self, adapter_name: str) -> None:
+        if list(self.peft_config) == [adapter_name]:
+            self.unload()
+        else:
+            self.delete_adapter(adapter_name)
+            take_off(self.model, adapter_name)
+
+
+def find_bank(model: nn.Module) -> FactorBank | None:
+    """The bank of shared factors of `model` (a PeftModel, a tuner or the adapted model), or None."""
+    return next((m for m in model.modules() if isinstance(m, FactorBank)), None)
+
+
+def take_off(model: nn.Module, adapter_name: str) -> None:
+    """Remove `adapter_name` wherever it was put, and unwrap layers that hold no other adapter."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, AdapterLinear):
+            if layer.factors(adapter_name) is not None:
+                layer.delete_adapter(adapter_name)
+            if not layer._get_available_adapters():
+                parent, _, child = _get_submodules(model, name)
+                setattr(parent, child, layer.base_layer)
+    bank = model._modules.get(BANK)
+    if isinstance(bank, FactorBank):
+        bank.delete_adapter(adapter_name)
+        if not bank._get_available_adapters():
+            del model._modules[BANK]
+
+
+def _restore(before: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, requires_grad in before:
+        parameter.requires_grad_(requires_grad)
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
+) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SharedFactors]]:
+    """The shared factors of `adapter_name`, with the prefix of their keys in the model's state dict."""
+    for bank_name, bank in model.named_modules():
+        if isinstance(bank, FactorBank):
+            for container in bank.adapter_layer_names:
+                modules = bank.get_submodule(container)
+                if adapter_name in modules:  # type: ignore[operator]
+                    prefix = f"{bank_name}.{container}.{adapter_name}."
+                    yield prefix, modules[adapter_name]  # type: ignore[index]
+
+
+def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor], config: AdapterConfig) -> str | None:
+    """Why `state` is not an adapter for these `expected` tensors, or None."""
+    trained_on = f"The adapter was trained on {config.base_model_name_or_path or 'an unnamed model'}"
+    remedy = "load it onto that base model, with the adapter_config.json it was saved with."
+    for key, tensor in expected.items():
+        if key not in state:
+            return f"The adapter's weights lack {key}: the file is incomplete or for another model. {trained_on}: {remedy}"
+        if state[key].shape != tensor.shape:
+            return (
+                f"{key} is {tuple(state[key].shape)} in the adapter's weights and {tuple(tensor.shape)} in this model. "
+                f"{trained_on}: {remedy}"
+            )
+    marks = (f".{config.method.lower()}_factors.", f"{config.method.lower()}_shared.")
+    for key in state:
+        if key not in expected and any(mark in key for mark in marks):
+            return f"The adapter's weights hold {key}, which this model has no place for. {trained_on}: {remedy}"
+    return None

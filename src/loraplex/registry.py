@@ -1,0 +1,87 @@
+"""Makes the methods known to PEFT. The only file that writes PEFT's tables."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+from peft import PeftModel
+from peft.utils.peft_types import PeftType, register_peft_method
+
+from loraplex.config import AdapterConfig
+from loraplex.model import AdapterModel
+
+
+def register(config_cls: type[AdapterConfig], model_cls: type[AdapterModel]) -> None:
+    """Register a method with PEFT under `config_cls.method`, with the prefix that PEFT expects of that name."""
+    add_peft_type(config_cls.method)
+    register_peft_method(name=config_cls.method.lower(), config_cls=config_cls, model_cls=model_cls)
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Add the member `name` to PEFT's enumeration of adapter types.
+
+    PEFT and transformers look types up in the enumeration and read `.value`; a plain string is not enough, and an
+    enumeration with members can't be subclassed.
+    """
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
+    # type.__setattr__: EnumType's own refuses new members.
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+@contextmanager
+def _accepting(model: PeftModel, method: str) -> Iterator[None]:
+    # PeftModel compares a new adapter's type with the type of its first one; our tuners host every method.
+    first = model.peft_type
+    model.peft_type = PeftType(method)
+    try:
+        yield
+    finally:
+        model.peft_type = first
+
+
+def add_adapter(model: PeftModel, adapter_name: str, config: AdapterConfig, **kwargs: Any) -> None:
+    """Add an adapter of any loraplex method to a model whose first adapter may be of another one.
+
+    `model.add_adapter` does the same for adapters of the same method. Keyword arguments go to it.
+
+    Raises:
+        ValueError: the model's first adapter is none of ours.
+    """
+    _check_host(model)
+    with _accepting(model, config.method):
+        model.add_adapter(adapter_name, config, **kwargs)
+
+
+def load_adapter(model: PeftModel, path: str, adapter_name: str, **kwargs: Any) -> Any:
+    """Load a saved adapter of any loraplex method; keyword arguments go to `PeftModel.load_adapter`.
+
+    Raises:
+        ValueError: the model's first adapter is none of ours, or the files are not an adapter for this model.
+    """
+    from peft import PeftConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    _check_host(model)
+    method = PeftConfig._get_peft_type(path)
+    if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(method, object), AdapterConfig):
+        raise ValueError(f"{path} is a {method} adapter, none of loraplex: load it with PeftModel.from_pretrained.")
+    with _accepting(model, method):
+        return model.load_adapter(path, adapter_name, **kwargs)
+
+
+def _check_host(model: PeftModel) -> None:
+    if not isinstance(model.base_model, AdapterModel):
+        raise ValueError(
+            f"The model's first adapter is {model.peft_type}, which can't host loraplex adapters: create the model "
+            "with get_peft_model(base_model, <loraplex config>) and add the other adapters to it."
+        )

@@ -1,0 +1,210 @@
+"""What changes as training advances: ASLoRA's merges and Dual LoRA's warm-up.
+
+A schedule advances once per optimizer step, by itself: torch tells about every optimizer's step, and a step belongs
+to an adapter when the optimizer holds its parameters. Under gradient accumulation that is once per update; a step
+that a gradient scaler skips does not count. Engines that flatten parameters hide them: there `ScheduleCallback` or
+`loraplex.step(model)` advances the schedule, and a run that goes on without it is stopped with an error.
+
+What belongs to the adapter (merge map, warm-up step) is in its state dict, so that weights and map can't part. What
+belongs to training (ASLoRA's running averages) is in `optimizer.state[parameter]`, which every trainer saves.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loraplex.sharing import FactorBank, SharedFactors
+
+logger = logging.getLogger(__name__)
+
+StateOf = Callable[[nn.Parameter], dict[str, Any]]
+
+_MISSED_STEPS = 3
+"""Foreign optimizer steps, each after a backward pass through an adapter, that prove its own optimizer is hidden."""
+_BACKWARDS_WITHOUT_STEP = 4096
+"""Backward passes without any optimizer step in sight; more than any gradient accumulation."""
+
+_scheduled: weakref.WeakSet[Scheduled] = weakref.WeakSet()
+
+
+class Scheduled(SharedFactors):
+    """Shared factors with a schedule. A method says which parameters it trains and what a step changes."""
+
+    def __init__(self, *args: Any) -> None:
+        self.total_steps: int | None = None
+        self.steps_seen = 0
+        self._backwards = self._missed = 0
+        self._private_state: dict[str, dict[str, Any]] = {}
+        super().__init__(*args)
+        _scheduled.add(self)
+
+    @abstractmethod
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters by which the adapter's optimizer is recognised; the first is watched for backward passes."""
+
+    @abstractmethod
+    def advance(self, state_of: StateOf) -> None:
+        """One optimizer step was taken. `state_of(parameter)` is the optimizer's state of a parameter."""
+
+    @abstractmethod
+    def last_step(self) -> int | None:
+        """The optimizer step at which the schedule has done its last; None if a fraction of an unknown length."""
+
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether nothing is left to change."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The schedule's settings, for errors: "warmup_steps=100"."""
+
+    def resolve(self, value: int | float) -> int | None:
+        """A number of steps, from steps or from a fraction of the run (at least 1); None while the length is unknown."""
+        if isinstance(value, int):
+            return value
+        return max(1, round(value * self.total_steps)) if self.total_steps else None
+
+    def step(self, optimizer: Optimizer | None = None) -> None:
+        """Advance by one optimizer step; without an optimizer the training state is kept in memory only."""
+        if self.last_step() is None and not self.finished():
+            raise RuntimeError(
+                f"{self.describe()} is a fraction of the run, but the run's length is unknown. Remedy: pass "
+                "callbacks=[loraplex.ScheduleCallback()] to the trainer, call loraplex.set_total_steps(model, steps) "
+                "before training, or give steps as integers."
+            )
+        self._backwards = self._missed = 0
+        self.steps_seen += 1
+        with torch.no_grad():
+            self.advance(self._own_state if optimizer is None else optimizer.state.__getitem__)
+
+    def _own_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        name = next(name for name, p in self.named_parameters() if p is parameter)
+        return self._private_state.setdefault(name, {})
+
+    # Watching for an optimizer that can't be seen
+
+    def train(self, mode: bool = True) -> Scheduled:
+        """Switch modes; when training begins, watch for backward passes through the first trained parameter."""
+        witness = self.trained()[0]
+        # Here and not at creation: casts, loading and sharding put new parameters in place before training begins.
+        if mode and witness.requires_grad and not hasattr(witness, "_loraplex_watched"):
+            me = weakref.ref(self)
+            witness.register_post_accumulate_grad_hook(lambda _: _count_backward(me()))
+            witness._loraplex_watched = True  # type: ignore[attr-defined]
+        return super().train(mode)
+
+    def _backward_seen(self) -> None:
+        self._backwards += 1
+        if self._backwards > _BACKWARDS_WITHOUT_STEP:
+            self._raise_hidden(f"{_BACKWARDS_WITHOUT_STEP} backward passes went by")
+
+    def missed(self) -> None:
+        """Some optimizer stepped that holds none of our parameters."""
+        if self._backwards and not self.finished():
+            self._backwards = 0
+            self._missed += 1
+            if self._missed >= _MISSED_STEPS:
+                self._raise_hidden(f"{_MISSED_STEPS} optimizer steps went by after backward passes through the adapter")
+
+    def _raise_hidden(self, evidence: str) -> None:
+        self._backwards = self._missed = 0
+        if not self.finished():
+            raise RuntimeError(
+                f"The schedule ({self.describe()}) never advances: {evidence}, but no optimizer that holds the "
+                "adapter's parameters was seen to step. Remedy: pass callbacks=[loraplex.ScheduleCallback()] to the "
+                "trainer, or call loraplex.step(model) after every optimizer step."
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied or unpickled adapter follows optimizers of its own.
+        super().__setstate__(state)
+        _scheduled.add(self)
+
+
+def _count_backward(shared: Scheduled | None) -> None:
+    if shared is not None:
+        shared._backward_seen()
+
+
+def _after_optimizer_step(optimizer: Optimizer, *_: Any) -> None:
+    if not _scheduled:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for shared in list(_scheduled):
+        if any(id(p) in held for p in shared.trained()):
+            shared.step(optimizer)
+        else:
+            shared.missed()
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def schedules(model: nn.Module) -> Iterator[tuple[str, Scheduled]]:
+    """The scheduled adapters of `model` as (adapter name, schedule)."""
+    for bank in model.modules():
+        if isinstance(bank, FactorBank):
+            yield from ((name, shared) for name, shared in bank.named_shared() if isinstance(shared, Scheduled))
+
+
+def step(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Advance all schedules of `model` by one optimizer step, where the optimizer's own step can't be seen.
+
+    Args:
+        model: a PeftModel, or a model with adapters.
+        optimizer: a torch optimizer that holds the adapter's parameters, if there is one; it then keeps the state
+            that a resume needs. A step of such an optimizer was counted already, and is not counted again.
+    """
+    for _, shared in schedules(model):
+        if optimizer is None or not _holds(optimizer, shared):
+            shared.step()
+
+
+def set_total_steps(model: nn.Module, total_steps: int) -> None:
+    """Tell the schedules of `model` how many optimizer steps the run has, so that fractions of it have a meaning.
+
+    Raises:
+        ValueError: a schedule does not end within the run; ASLoRA would silently merge less than asked for.
+    """
+    for name, shared in schedules(model):
+        shared.total_steps = total_steps
+        last = shared.last_step()
+        if not shared.finished() and last is not None and last > total_steps:
+            raise ValueError(
+                f"Adapter {name!r}: its schedule ({shared.describe()}) ends at step {last}, but the run has only "
+                f"{total_steps} optimizer steps. Train longer, or give smaller steps; fractions such as 0.1 follow "
+                "the run's length."
+            )
+
+
+def _holds(optimizer: Any, shared: Scheduled) -> bool:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(id(p) in held for p in shared.trained())
+
+
+class ScheduleCallback(TrainerCallback):
+    """For `transformers.Trainer` and TRL: gives schedules the run's length, checks that they end within it, and
+    advances them under engines that hide the optimizer's parameters. Elsewhere schedules advance without it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        set_total_steps(kwargs["model"], state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for _, shared in schedules(kwargs["model"]):
+            if not _holds(kwargs["optimizer"], shared):
+                shared.step()
