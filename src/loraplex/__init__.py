@@ -1,5 +1,6 @@
 """MASA, ASLoRA, Dual LoRA and MultiLoRA as PEFT methods. Importing this package registers them with PEFT."""
 
+from loraplex.calibrate import calibrate
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
 from loraplex.registry import add_adapter, load_adapter
 from loraplex.schedule import ScheduleCallback, set_total_steps, step
@@ -13,6 +14,7 @@ __all__ = [
     "ScheduleCallback",
     "__version__",
     "add_adapter",
+    "calibrate",
     "load_adapter",
     "set_total_steps",
     "step",

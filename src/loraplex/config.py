@@ -34,6 +34,10 @@ class AdapterConfig(PeftConfig):
     """Name of the PEFT type, for example "MASA"."""
     title: ClassVar[str]
     """Name and source of the method, for people."""
+    factors_cls: ClassVar[type[Any]]
+    """The method's `Factors`."""
+    shared_cls: ClassVar[type[Any] | None]
+    """The method's `SharedFactors`, or None."""
 
     r: int = 8
     """Rank of the factors."""

@@ -69,7 +69,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._unmerged_weight: Tensor | None = None
         inner = self.get_base_layer()
-        self.in_features, self.out_features = _get_in_out_features(inner)
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(inner)  # type: ignore[assignment]
         self.fan_in_fan_out = isinstance(inner, Conv1D)
         self.quantization_backend = resolve_quantization_backend(inner, **quantization_kwargs)
 
@@ -89,7 +91,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         for container in self.adapter_layer_names:
             modules = self._modules[container]
             if adapter_name in modules:  # type: ignore[operator]
-                return modules[adapter_name]  # type: ignore[index,return-value]
+                return modules[adapter_name]  # type: ignore[index]
         return None
 
     @property
@@ -98,9 +100,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         return dtype if dtype in _FLOATS else torch.float32
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype: after loading with low_cpu_mem_usage that would round
         # a float32 adapter to bfloat16 and back.
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
@@ -109,9 +109,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             return
         factors.to(device=device)
 
-    def forward(
-        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()

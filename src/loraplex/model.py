@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -32,7 +31,7 @@ class AdapterModel(BaseTuner):
 
     # The bank is a tuner layer too: switching and deleting adapters must reach it.
     tuner_layer_cls = BaseTunerLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def inject_adapter(
         self,
@@ -47,7 +46,7 @@ class AdapterModel(BaseTuner):
         Not in PEFT's injection hooks: those run for the first adapter only, and a second one would not share.
         On an error the model is left as it was.
         """
-        config: AdapterConfig = self.peft_config[adapter_name]
+        config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         before = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -66,7 +65,7 @@ class AdapterModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: AdapterConfig,
+        peft_config: AdapterConfig,  # type: ignore[override]
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -91,8 +90,7 @@ class AdapterModel(BaseTuner):
             )
         quantization = get_quantization_kwargs(self.model)
         if not isinstance(base, (nn.Linear, Conv1D)) and (
-            (backend := resolve_quantization_backend(base, **quantization)) is None
-            or backend.layer_type != "linear"
+            (backend := resolve_quantization_backend(base, **quantization)) is None or backend.layer_type != "linear"
         ):
             raise ValueError(
                 f"{name} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be adapted. "
@@ -111,7 +109,7 @@ class AdapterModel(BaseTuner):
             self.unmerge_adapter()
             raise
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -121,7 +119,9 @@ class AdapterModel(BaseTuner):
         if merge:
             # Before the first layer is replaced: a refusal half-way would leave a torn model.
             self._check_mergeable(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+            merge, progressbar, safe_merge, adapter_names
+        )
         model._modules.pop(BANK, None)
         return model
 
@@ -174,7 +174,7 @@ class AdapterModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: AdapterConfig,
+        config: AdapterConfig,  # type: ignore[override]
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -187,7 +187,11 @@ class AdapterModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls,
+        model: nn.Module,
+        config: AdapterConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Rename the keys for the model, after checking that every tensor of the adapter is there and fits.
 
@@ -270,7 +274,7 @@ def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor], config: Ada
     remedy = "load it onto that base model, with the adapter_config.json it was saved with."
     for key, tensor in expected.items():
         if key not in state:
-            return f"The adapter's weights lack {key}: the file is incomplete or for another model. {trained_on}: {remedy}"
+            return f"The adapter's weights lack {key}: it is incomplete or for another model. {trained_on}: {remedy}"
         if state[key].shape != tensor.shape:
             return (
                 f"{key} is {tuple(state[key].shape)} in the adapter's weights and {tuple(tensor.shape)} in this model. "

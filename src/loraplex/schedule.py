@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -69,7 +69,7 @@ class Scheduled(SharedFactors):
         """The schedule's settings, for errors: "warmup_steps=100"."""
 
     def resolve(self, value: int | float) -> int | None:
-        """A number of steps, from steps or from a fraction of the run (at least 1); None while the length is unknown."""
+        """A number of steps as it is; a fraction of the run gives at least 1; None while its length is unknown."""
         if isinstance(value, int):
             return value
         return max(1, round(value * self.total_steps)) if self.total_steps else None
@@ -202,9 +202,7 @@ class ScheduleCallback(TrainerCallback):
     ) -> None:
         set_total_steps(kwargs["model"], state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for _, shared in schedules(kwargs["model"]):
             if not _holds(kwargs["optimizer"], shared):
                 shared.step()

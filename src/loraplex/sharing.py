@@ -73,7 +73,7 @@ class FactorBank(nn.Module, BaseTunerLayer):
     no module.
     """
 
-    bias = None  # PEFT asks every tuner layer for its base layer's bias
+    bias = None  # type: ignore[assignment]  # PEFT asks every tuner layer for its base layer's bias
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,17 +98,15 @@ class FactorBank(nn.Module, BaseTunerLayer):
         for container in self.adapter_layer_names:
             modules = self._modules[container]
             if adapter_name in modules:  # type: ignore[operator]
-                return modules[adapter_name]  # type: ignore[index,return-value]
+                return modules[adapter_name]  # type: ignore[index]
         return None
 
     def named_shared(self) -> Iterator[tuple[str, SharedFactors]]:
         """All adapters' shared factors as (adapter name, shared)."""
         for container in self.adapter_layer_names:
-            yield from self._modules[container].items()  # type: ignore[union-attr,misc,operator]
+            yield from self._modules[container].items()  # type: ignore[union-attr,operator]
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         shared = self.shared(adapter_name)
         if shared is None or any(t.is_meta for t in (*shared.parameters(), *shared.buffers())):
             return
@@ -135,7 +133,7 @@ class FactorBank(nn.Module, BaseTunerLayer):
         for container in self.adapter_layer_names:
             modules = self._modules[container]
             if adapter_name in modules:  # type: ignore[operator]
-                del modules[adapter_name]  # type: ignore[attr-defined]
+                del modules[adapter_name]  # type: ignore[operator,union-attr]
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -145,7 +143,7 @@ class FactorBank(nn.Module, BaseTunerLayer):
 
 def first_layer(shared: SharedFactors) -> AdapterLinear:
     """The first layer that reads `shared`."""
-    return shared._first_layer[0]
+    return shared.__dict__["_first_layer"][0]
 
 
 def link(model: nn.Module, adapter_name: str, config: AdapterConfig) -> FactorBank:
@@ -163,13 +161,13 @@ def link(model: nn.Module, adapter_name: str, config: AdapterConfig) -> FactorBa
         if isinstance(module, AdapterLinear) and (factors := module.factors(adapter_name)) is not None
     ]
     families = group_families(members, config)
-    shared = config.shared_cls(config, families)  # type: ignore[attr-defined]
+    shared = config.shared_cls(config, families)  # type: ignore[misc]
     shared.__dict__["_first_layer"] = (members[0].layer,)
     bank = model._modules.get(BANK)
     if bank is None:
         bank = FactorBank()
         model.add_module(BANK, bank)
-    bank.add_adapter(adapter_name, config, shared)  # type: ignore[operator,union-attr]
+    bank.add_adapter(adapter_name, config, shared)  # type: ignore[operator]
     return bank  # type: ignore[return-value]
 
 

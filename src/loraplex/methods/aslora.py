@@ -202,7 +202,7 @@ class _ReadInstead(torch.autograd.Function):
         return used.view_as(used)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.unused
         return grad, torch.zeros(shape, dtype=dtype, device=device)
 

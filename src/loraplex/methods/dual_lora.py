@@ -28,7 +28,7 @@ class Sign(torch.autograd.Function):
         return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.clamp(-1, 1)
 
 
@@ -63,7 +63,7 @@ class DualLoraShared(Scheduled):
     def advance(self, state_of: StateOf) -> None:
         if not self.finished():
             self.warmup[0] += 1
-            self.warmup[1] = self.last_step()
+            self.warmup[1] = self.last_step() or 0
 
     def fraction(self, like: Tensor) -> Tensor:
         """The warm-up factor, a number between 0 and 1, on the device of `like`."""
