@@ -34,6 +34,13 @@ def update_average(average: Tensor, B: Tensor, t: int) -> Tensor:
     return average.add_((B.float() - average) / t)
 
 
+def _stored_average(state: dict[str, Any], B: Tensor) -> Tensor:
+    stored = state.get("aslora_average")
+    if stored is None:
+        return torch.zeros_like(B, dtype=torch.float32)
+    return (stored["step"] if isinstance(stored, dict) else stored).to(B.device, torch.float32)
+
+
 def distance(B_i: Tensor, B_j: Tensor, A: Tensor | None = None) -> float:
     """‖B̄_i − B̄_j‖_F (eq. 4), or ‖(B̄_i − B̄_j) A‖_F if A is given.
 
@@ -147,10 +154,9 @@ class AsLoraShared(Scheduled):
                 # Optimizers initialise a parameter's state at its first gradient, and only if it is empty.
                 continue
             t = state["aslora_steps"] = state.get("aslora_steps", 0) + 1
-            if "aslora_average" not in state:
-                state["aslora_average"] = torch.zeros_like(B, dtype=torch.float32)
-            averages[layer] = update_average(state["aslora_average"].float(), B, t)
-            state["aslora_average"] = averages[layer]
+            averages[layer] = update_average(_stored_average(state, B), B, t)
+            # Loading a state dict casts every entry to its parameter's dtype, but for the key "step".
+            state["aslora_average"] = averages[layer] if B.dtype.itemsize >= 4 else {"step": averages[layer]}
         return averages, t
 
     def _merge(self, family: str, averages: dict[int, Tensor], t: int, state_of: StateOf) -> None:

