@@ -86,8 +86,8 @@ class AdapterConfig(PeftConfig):
         check_number("lora_alpha", self.lora_alpha)
         for pattern, alpha in self.alpha_pattern.items():
             check_number(f"alpha_pattern[{pattern!r}]", alpha)
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout} is not a probability: use 0 ≤ lora_dropout < 1.")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout!r} is not a probability: use 0 ≤ lora_dropout < 1.")
         if self.bias not in _BIAS:
             raise ValueError(f"bias={self.bias!r} is unknown: use one of {', '.join(map(repr, _BIAS))}.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -157,6 +157,8 @@ class AdapterConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # Read from a file: if its weights turn out not to fit, the adapter is taken off the model again.
         config._unproven = True
+        weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        config._missing_weights = weights if os.path.isdir(folder) and not os.path.isfile(weights) else None
         return config
 
     @classmethod
@@ -183,7 +185,7 @@ def check_adapter_files(folder: str) -> None:
     config_file = os.path.join(folder, CONFIG_NAME)
     try:
         with open(config_file, encoding="utf-8") as file:
-            json.load(file)
+            settings = json.load(file)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no adapter: {CONFIG_NAME} is missing.") from None
     except ValueError as error:
@@ -192,12 +194,18 @@ def check_adapter_files(folder: str) -> None:
     if os.path.isfile(weights):
         try:
             # Opening checks the header against the file's length: a truncated file is found here.
-            with safe_open(weights, framework="pt"):
-                pass
+            with safe_open(weights, framework="pt") as tensors:
+                keys = list(tensors.keys())
         except SafetensorError as error:
             raise ValueError(
                 f"{weights} is not a whole safetensors file ({error}): copy or download the adapter again."
             ) from None
+        marks = [f".{(settings.get('peft_type') or '').lower()}_{kind}." for kind in ("factors", "shared")]
+        if settings.get("modules_to_save") and all(any(mark in key for mark in marks) for key in keys):
+            raise ValueError(
+                f"{weights} lacks the modules that were trained in full ({', '.join(settings['modules_to_save'])}): "
+                "copy or download the adapter again."
+            )
     elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
         raise ValueError(
             f"{os.path.join(folder, WEIGHTS_NAME)} is a pickle, which can run code when it is read; "

@@ -130,7 +130,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if len(x) != len(adapter_names):
             raise ValueError(
                 f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: give one name per example, "
-                '"__base__" for none.'
+                '"__base__" for none. Models that pass other things than the batch through an adapted layer, such as '
+                "DeBERTa its relative positions, can't mix adapters."
             )
         if self.merged_adapters:
             raise ValueError(f"adapter_names can't be used while {self.merged_adapters} are merged: unmerge first.")

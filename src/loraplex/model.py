@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -47,6 +48,7 @@ class AdapterModel(BaseTuner):
         On an error the model is left as it was.
         """
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        _check_config(model, config)
         before = [(p, p.requires_grad) for p in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -62,6 +64,16 @@ class AdapterModel(BaseTuner):
             raise
         if getattr(config, "_unproven", False):
             self.__dict__.setdefault("_before", {})[adapter_name] = before
+
+    def train(self, mode: bool = True) -> AdapterModel:
+        """Switch modes. An adapter that is put to use is the user's: a later failed load does not take it away."""
+        self.__dict__.pop("_before", None)
+        return super().train(mode)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies the child's weight and bias, which a head of several modules does not have; layers of
+        # ours take their device when an adapter is added.
+        setattr(parent, child_name, new_module)
 
     def _create_and_replace(
         self,
@@ -119,6 +131,9 @@ class AdapterModel(BaseTuner):
         if merge:
             # Before the first layer is replaced: a refusal half-way would leave a torn model.
             self._check_mergeable(adapter_names)
+            if safe_merge:
+                self.merge_adapter(adapter_names, safe_merge=True)
+                self.unmerge_adapter()
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge, progressbar, safe_merge, adapter_names
         )
@@ -202,7 +217,7 @@ class AdapterModel(BaseTuner):
             shared.fill_stale(prefix, state)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        problem = _mismatch(expected, state, config)
+        problem = _mismatch(expected, state, model.state_dict(), config)
         tuner = model.base_model if isinstance(model, PeftModel) else None
         before = tuner.__dict__.get("_before", {}).pop(adapter_name, None) if tuner is not None else None
         if problem:
@@ -215,7 +230,16 @@ class AdapterModel(BaseTuner):
 
     def _discard(self, adapter_name: str) -> None:
         if list(self.peft_config) == [adapter_name]:
+            # PEFT's unload puts the adapter's copies of fully trained modules in place of the originals.
+            originals = {
+                name: module.original_module
+                for name, module in self.model.named_modules()
+                if isinstance(module, AuxiliaryTrainingWrapper)
+            }
             self.unload()
+            for name, original in originals.items():
+                parent, _, child = _get_submodules(self.model, name)
+                setattr(parent, child, original)
         else:
             self.delete_adapter(adapter_name)
             take_off(self.model, adapter_name)
@@ -268,17 +292,36 @@ def _shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[s
                     yield prefix, modules[adapter_name]  # type: ignore[index]
 
 
-def _mismatch(expected: dict[str, Tensor], state: dict[str, Tensor], config: AdapterConfig) -> str | None:
+def _check_config(model: nn.Module, config: AdapterConfig) -> None:
+    """Raise a ValueError if the weights are missing, or a listed target is: PEFT ignores it beside others."""
+    if config.inference_mode and (missing := getattr(config, "_missing_weights", None)):
+        raise ValueError(f"{missing} is missing: the folder holds settings but no weights. Copy the adapter again.")
+    targets = config.target_modules
+    if isinstance(targets, str) or targets is None or getattr(config, "_unproven", False):
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            endings = {name.rpartition(".")[2] for name in names}
+            nearest = difflib.get_close_matches(target, endings, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ": see model.named_modules() for the names."
+            raise ValueError(f"target_modules names {target!r}, but the model has no such module{hint}")
+
+
+def _mismatch(
+    expected: dict[str, Tensor], state: dict[str, Tensor], model_state: dict[str, Tensor], config: AdapterConfig
+) -> str | None:
     """Why `state` is not an adapter for these `expected` tensors, or None."""
     trained_on = f"The adapter was trained on {config.base_model_name_or_path or 'an unnamed model'}"
     remedy = "load it onto that base model, with the adapter_config.json it was saved with."
-    for key, tensor in expected.items():
+    for key in expected:
         if key not in state:
             return f"The adapter's weights lack {key}: it is incomplete or for another model. {trained_on}: {remedy}"
-        if state[key].shape != tensor.shape:
+    for key, tensor in state.items():
+        if key in model_state and model_state[key].shape != tensor.shape:
             return (
-                f"{key} is {tuple(state[key].shape)} in the adapter's weights and {tuple(tensor.shape)} in this model. "
-                f"{trained_on}: {remedy}"
+                f"{key} is {tuple(tensor.shape)} in the adapter's weights and {tuple(model_state[key].shape)} in this "
+                f"model. {trained_on}: {remedy}"
             )
     marks = (f".{config.method.lower()}_factors.", f"{config.method.lower()}_shared.")
     for key in state:

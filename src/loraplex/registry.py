@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from peft.utils.peft_types import PeftType, register_peft_method
 
-from loraplex.config import AdapterConfig
+from loraplex.config import AdapterConfig, check_adapter_files
 from loraplex.model import AdapterModel
 
 
@@ -25,6 +26,8 @@ def add_peft_type(name: str) -> PeftType:
     PEFT and transformers look types up in the enumeration and read `.value`; a plain string is not enough, and an
     enumeration with members can't be subclassed.
     """
+    if name in PeftType.__members__:
+        return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
@@ -72,6 +75,8 @@ def load_adapter(model: PeftModel, path: str, adapter_name: str, **kwargs: Any) 
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     _check_host(model)
+    if os.path.isdir(path):
+        check_adapter_files(path)
     method = PeftConfig._get_peft_type(path)
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(method, object), AdapterConfig):
         raise ValueError(f"{path} is a {method} adapter, none of loraplex: load it with PeftModel.from_pretrained.")

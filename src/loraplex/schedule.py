@@ -52,6 +52,10 @@ class Scheduled(SharedFactors):
     def trained(self) -> list[nn.Parameter]:
         """Parameters by which the adapter's optimizer is recognised; the first is watched for backward passes."""
 
+    def is_trained(self) -> bool:
+        """Whether the adapter is being trained; a frozen one stands still, even if an optimizer holds it."""
+        return any(p.requires_grad for p in self.trained())
+
     @abstractmethod
     def advance(self, state_of: StateOf) -> None:
         """One optimizer step was taken. `state_of(parameter)` is the optimizer's state of a parameter."""
@@ -89,7 +93,8 @@ class Scheduled(SharedFactors):
 
     def _own_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         name = next(name for name, p in self.named_parameters() if p is parameter)
-        return self._private_state.setdefault(name, {})
+        # Not empty, as an optimizer's state is not once the parameter has been trained.
+        return self._private_state.setdefault(name, {"explicit": True})
 
     # Watching for an optimizer that can't be seen
 
@@ -139,9 +144,12 @@ def _count_backward(shared: Scheduled | None) -> None:
 def _after_optimizer_step(optimizer: Optimizer, *_: Any) -> None:
     if not _scheduled:
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found_inf = optimizer.__dict__.get("found_inf")
+    if found_inf is not None and found_inf.item():
+        # A fused optimizer skips the step itself when the gradient scaler has found an overflow.
+        return
     for shared in list(_scheduled):
-        if any(id(p) in held for p in shared.trained()):
+        if _holds(optimizer, shared):
             shared.step(optimizer)
         else:
             shared.missed()
@@ -166,7 +174,7 @@ def step(model: nn.Module, optimizer: Optimizer | None = None) -> None:
             that a resume needs. A step of such an optimizer was counted already, and is not counted again.
     """
     for _, shared in schedules(model):
-        if optimizer is None or not _holds(optimizer, shared):
+        if shared.is_trained() and (optimizer is None or not _holds(optimizer, shared)):
             shared.step()
 
 
@@ -189,7 +197,7 @@ def set_total_steps(model: nn.Module, total_steps: int) -> None:
 
 def _holds(optimizer: Any, shared: Scheduled) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return any(id(p) in held for p in shared.trained())
+    return any(p.requires_grad and id(p) in held for p in shared.trained())
 
 
 class ScheduleCallback(TrainerCallback):
@@ -204,5 +212,5 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for _, shared in schedules(kwargs["model"]):
-            if not _holds(kwargs["optimizer"], shared):
+            if shared.is_trained() and not _holds(kwargs["optimizer"], shared):
                 shared.step()

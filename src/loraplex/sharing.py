@@ -78,9 +78,14 @@ class FactorBank(nn.Module, BaseTunerLayer):
     def __init__(self) -> None:
         super().__init__()
         self.adapter_layer_names: tuple[str, ...] = ()
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """What the layers have merged; PEFT compares it between tuner layers."""
+        merged = {name for _, shared in self.named_shared() for name in first_layer(shared).merged_adapters}
+        return sorted(merged)
 
     def add_adapter(self, adapter_name: str, config: AdapterConfig, shared: SharedFactors) -> None:
         """Own `shared` under `adapter_name`, on the device and in the dtype of its first layer."""
@@ -120,13 +125,10 @@ class FactorBank(nn.Module, BaseTunerLayer):
         return x
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing of its own to merge; only the record, which PEFT compares between tuner layers."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        self.merged_adapters.extend(name for name in names if name not in self.merged_adapters)
+        """Nothing of its own to merge."""
 
     def unmerge(self) -> None:
-        """Clear the record of merged adapters."""
-        self.merged_adapters.clear()
+        """Nothing of its own to unmerge."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget `adapter_name`. Which adapter is active next is for the layers to say."""

@@ -78,6 +78,11 @@ class AsLoraShared(Scheduled):
     def add_shared(self, config: AsLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
         self.config = config
         self.maps: dict[str, list[int]] = {}
+        if config.num_merges and all(len(family) == 1 for family in families.values()):
+            raise ValueError(
+                f"num_merges={config.num_merges} is larger than possible: the targets are one layer deep, so there is "
+                "nothing to merge. Adapt more layers, or set num_merges=0."
+            )
         for name, family in families.items():
             self._add_family(name, family[0].factors, len(family), config)
 
@@ -193,6 +198,16 @@ class AsLoraShared(Scheduled):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
+        self._read_maps()
+
+    def train(self, mode: bool = True) -> AsLoraShared:
+        """Switch modes, which every loader does in the end: transformers' own sets buffers past load_state_dict."""
+        super().train(mode)
+        self._read_maps()
+        return self
+
+    def _read_maps(self) -> None:
+        # Layers ask for their map in every forward; reading it from the tensor there would wait for the device.
         for family in self.families:
             merges = getattr(self, f"{family}__merges")
             if not merges.is_meta:

@@ -1,0 +1,261 @@
+"""The `loraplex` command. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loraplex.version import __version__
+
+_TRAIN_HELP = """\
+Every key of RUN.yaml can be overridden: --key value or --key=value, dotted for the sections. Values are YAML.
+
+  --model M                 hub id, local folder, or package:NAME
+  --gguf_file F             GGUF file in the model's folder or repository
+  --dtype T                 float32, bfloat16 or auto
+  --task T                  sft (causal language model) or classification
+  --method M                masa, aslora, dual_lora, multilora or lora
+  --adapter.FIELD V         a field of the method's config: r, lora_alpha, target_modules, …
+  --data.N.FIELD V          a field of data set N (from 0): path, weight, prompt, response, eval_size, …
+  --train.FIELD V           learning_rate, max_steps, per_device_train_batch_size, eval_steps, seed, …,
+                            and any other field of TRL's SFTConfig or transformers' TrainingArguments
+  --output_dir DIR          where adapter, checkpoints, metrics.jsonl and loss.png go
+
+example:
+  loraplex train configs/masa.yaml --method aslora --adapter.r 16 --train.learning_rate 1e-4
+
+Ctrl-C ends training after the current step and leaves a checkpoint; --resume continues from it.
+All keys: docs/cli.md."""
+
+_EVAL_HELP = """\
+The run.yaml that training left beside the adapter says which data to use and how; its keys can be overridden as
+for train (--data.0.eval_size 200, --train.per_device_eval_batch_size 32, --model PATH).
+
+example:
+  loraplex eval runs/masa --base"""
+
+_MERGE_HELP = """\
+example:
+  loraplex merge runs/aslora -o merged/aslora --safe
+
+MASA with a router has no constant update, because its gates depend on the input: it can only be merged with its mean
+gates on data of your task. --calibration alone takes the data of the adapter's own run."""
+
+# Options of the commands that take overrides; any other --option is one.
+_OWN_OPTIONS = {
+    "train": {"--resume", "--dry-run", "--debug", "--help"},
+    "eval": {"--run", "--data", "--base", "--json", "--debug", "--help"},
+    "merge": {"--run", "--safe", "--calibration", "--force", "--output", "--debug", "--help"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        "loraplex", description="Fine-tune with MASA, ASLoRA, Dual LoRA and MultiLoRA.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"loraplex {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    train = add("train", "train an adapter as a YAML file says", _TRAIN_HELP)
+    train.add_argument("run", metavar="RUN.yaml", type=Path, help="the run's configuration")
+    train.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
+    train.add_argument("--dry-run", action="store_true", help="check the configuration, print it resolved, and stop")
+
+    evaluate = add("eval", "measure an adapter on held-out data, task by task", _EVAL_HELP)
+    evaluate.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
+    evaluate.add_argument("--run", metavar="RUN.yaml", type=Path, help="take data and model from this run")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="DATA",
+        help="file, hub id, package:NAME or '{path: …}'; repeatable",
+    )
+    evaluate.add_argument("--base", action="store_true", help="measure the base model too")
+    evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    merge = add("merge", "merge an adapter into its base model and save a plain model", _MERGE_HELP)
+    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
+    merge.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the merged model goes")
+    merge.add_argument("--run", metavar="RUN.yaml", type=Path, help="take the base model from this run")
+    merge.add_argument("--safe", action="store_true", help="stop if a merged weight is not finite")
+    merge.add_argument(
+        "--calibration", nargs="*", metavar="DATA", help="data for MASA's mean gates; without a value, the run's own"
+    )
+    merge.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+
+    inspect = add("inspect", "show an adapter's parameters, sharing map and merge history")
+    inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments of the command itself, `--key value` overrides)."""
+    own: list[str] = []
+    overrides: list[str] = []
+    known = _OWN_OPTIONS.get(argv[0]) if argv else None
+    if known is None:
+        return list(argv), []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument.partition("=")[0] in known:
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return own, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 / 143 for a signal."""
+    own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(own)
+    try:
+        return _COMMANDS[args.command](args, overrides)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        return _fail(args, error, _missing_module(error))
+    except (ValueError, OSError) as error:
+        return _fail(args, error, str(error))
+
+
+def _fail(args: argparse.Namespace, error: Exception, message: str) -> int:
+    if args.debug:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _missing_module(error: ModuleNotFoundError) -> str:
+    extra = {"trl", "datasets", "pydantic", "yaml", "gguf", "matplotlib"}
+    if error.name in extra:
+        return f'{error.name} is not installed: pip install "loraplex[train]"'
+    return str(error)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet()
+    from loraplex.training.arguments import adapter_config, check_train
+    from loraplex.training.config import load_run, parse_overrides, to_yaml
+
+    run = load_run(args.run, parse_overrides(overrides))
+    check_train(run)
+    if args.dry_run:
+        adapter_config(run)
+        print(to_yaml(run), end="")
+        return 0
+    from loraplex.training.checkpoints import RUN_NAME, checkpoints
+    from loraplex.training.report import print_summary
+    from loraplex.training.run import train
+
+    resuming = f"continue with: loraplex train {Path(run.output_dir) / RUN_NAME} --resume"
+    try:
+        result = train(run, resume=args.resume)
+    except KeyboardInterrupt:
+        if not checkpoints(Path(run.output_dir)):
+            raise
+        print(f"\nstopped at once\n{resuming}", file=sys.stderr)
+        return 130
+    if result.signal is None:
+        print_summary(result)
+        return 0
+    print(f"stopped at step {result.step}, checkpoint in {result.checkpoint}\n{resuming}", file=sys.stderr)
+    return 128 + result.signal
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet()
+    from loraplex.training.adapted import evaluate_adapter, run_of
+    from loraplex.training.config import parse_overrides
+    from loraplex.training.report import print_metrics
+
+    run = run_of(args.adapter, args.run, args.data, parse_overrides(overrides))
+    report = evaluate_adapter(args.adapter, run, args.base)
+    if args.json:
+        _print_json({"adapter": str(args.adapter), "model": run.model, "method": run.method, "tasks": report})
+    else:
+        print_metrics(report, f"{args.adapter} on {run.model}")
+    return 0
+
+
+def _merge(args: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet()
+    from loraplex.training.adapted import merge_adapter, run_of
+    from loraplex.training.config import parse_overrides
+
+    needs_data = args.calibration == []
+    run = run_of(args.adapter, args.run, [], parse_overrides(overrides), needs_data)
+    errors = merge_adapter(
+        args.adapter, run, args.output, safe=args.safe, calibration=args.calibration, force=args.force
+    )
+    if errors:
+        mean = sum(errors.values()) / len(errors)
+        worst = max(errors, key=errors.__getitem__)
+        print(f"merged with mean gates: relative error of the update {mean:.3f} on average, ", end="")
+        print(f"{errors[worst]:.3f} at worst ({worst})")
+    print(f"merged model: {args.output}")
+    return 0
+
+
+def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.inspect import describe
+    from loraplex.training.report import print_description
+
+    if not args.adapter.is_dir():
+        raise FileNotFoundError(f"adapter {args.adapter} is not a folder: give the folder of a saved adapter.")
+    description = describe(args.adapter)
+    if args.json:
+        _print_json(description.to_dict())
+    else:
+        print_description(description, args.adapter)
+    return 0
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _quiet() -> None:
+    """Show our own progress and the libraries' errors, but not their advice."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    # Deprecations between the libraries are nothing that a user of this command can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+
+
+_COMMANDS = {"train": _train, "eval": _eval, "merge": _merge, "inspect": _inspect}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""From the run's plain values to the libraries' own objects: a PEFT config and training arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any, get_type_hints
+
+import torch
+from peft import PeftConfig
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from loraplex.training.config import ConfigError, RunConfig, TrainSection, unknown_key
+
+# method → where its config class lives
+_CONFIGS = {
+    "masa": ("loraplex", "MasaConfig"),
+    "aslora": ("loraplex", "AsLoraConfig"),
+    "dual_lora": ("loraplex", "DualLoraConfig"),
+    "multilora": ("loraplex", "MultiLoraConfig"),
+    "lora": ("peft", "LoraConfig"),
+}
+METHOD_OF_TYPE = {
+    "MASA": "masa", "ASLORA": "aslora", "DUALLORA": "dual_lora", "MULTILORA": "multilora", "LORA": "lora",
+}  # fmt: skip
+"""PEFT's name of a method → ours in a run."""
+# Filled in by PEFT, by us or by loading; not for a run to choose.
+_ADAPTER_RESERVED = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "loraplex_version"),
+    *("base_model_name_or_path", "revision", "inference_mode", "runtime_config"),
+}
+# Each of these is decided by another key of the run, or would break what a run promises.
+_TRAIN_RESERVED = {
+    "output_dir": "set output_dir at the top level",
+    "resume_from_checkpoint": "use --resume",
+    "save_only_model": "a checkpoint without its optimizer can't be resumed",
+    "disable_tqdm": "redirect stderr instead",
+    "eos_token": "set it in the model's tokenizer",
+    "completion_only_loss": "the loss is always on the answers",
+    "assistant_only_loss": "the loss is always on the answers",
+    "dataset_kwargs": "describe the data under data",
+    "dataset_text_field": "describe the data under data",
+    "truncation_mode": "prompts are cut and answers kept",
+    "remove_unused_columns": "the columns are prepared by loraplex",
+    "full_determinism": "set seed",
+}
+
+
+def adapter_config(run: RunConfig) -> PeftConfig:
+    """The method's PEFT config, its fields checked one by one.
+
+    Raises:
+        ConfigError: a field the method doesn't have (with the nearest name), of the wrong type or out of range.
+    """
+    module, name = _CONFIGS[run.method]
+    cls: Any = getattr(importlib.import_module(module), name)
+    known = {f.name for f in dataclasses.fields(cls) if f.init} - _ADAPTER_RESERVED
+    values = _checked(cls, run.adapter, known, "adapter")
+    values["task_type"] = "SEQ_CLS" if run.task == "classification" else "CAUSAL_LM"
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"adapter (method {run.method}): {error}") from None
+
+
+def training_arguments(run: RunConfig, **ours: Any) -> TrainingArguments:
+    """SFTConfig or TrainingArguments of the run; `ours` are the values that the runner decides.
+
+    Raises:
+        ConfigError: a field the class doesn't have (with the nearest name), of the wrong type or out of range.
+    """
+    cls = _arguments_class(run)
+    values: dict[str, Any] = {name: getattr(run.train, name) for name in TrainSection.model_fields}
+    values["eval_strategy"] = "steps" if run.train.eval_steps else "no"
+    values |= _precision(run) | {
+        "report_to": "none",
+        "logging_nan_inf_filter": False,  # a loss that runs away must be seen
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    values |= check_train(run)
+    if not values.get("packing"):
+        del values["max_length"]  # examples come cut to it; TRL's own cut would drop answers
+        values |= {"max_length": None} if run.task == "sft" else {}
+    values |= ours
+    try:
+        return cls(output_dir=run.output_dir, **_renamed(cls, values))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"train: {error}") from None
+
+
+def _renamed(cls: type[TrainingArguments], values: dict[str, Any]) -> dict[str, Any]:
+    """Newer transformers call gradient checkpointing activation checkpointing, and warn about the old name."""
+    if "activation_checkpointing" in {f.name for f in dataclasses.fields(cls)}:
+        return {name.replace("gradient_checkpointing", "activation_checkpointing"): v for name, v in values.items()}
+    return values
+
+
+def check_train(run: RunConfig) -> dict[str, Any]:
+    """The fields under `train` that only the trainer's class knows, checked."""
+    cls = _arguments_class(run)
+    for name, remedy in _TRAIN_RESERVED.items():
+        if name in run.train.extra:
+            raise ConfigError(f"train.{name} can't be set in a run: {remedy}.")
+    known = {f.name for f in dataclasses.fields(cls) if f.init} - set(_TRAIN_RESERVED)
+    return _checked(cls, run.train.extra, known | set(TrainSection.model_fields), "train")
+
+
+def _arguments_class(run: RunConfig) -> type[TrainingArguments]:
+    if run.task == "classification":
+        return TrainingArguments
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+def _precision(run: RunConfig) -> dict[str, Any]:
+    # TRL turns bf16 on wherever it may; on a CPU that is slower, not faster.
+    if "bf16" in run.train.extra or "fp16" in run.train.extra:
+        return {}
+    return {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
+
+
+def _checked(cls: type, values: dict[str, Any], known: set[str], section: str) -> dict[str, Any]:
+    """The values, each converted to the type that its dataclass field declares."""
+    hints = get_type_hints(cls)
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(unknown_key(f"{section}.{name}", known, cls.__name__))
+        try:
+            checked[name] = _adapter_for(hints[name]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{section}.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+    return checked
+
+
+def _adapter_for(hint: Any) -> TypeAdapter[Any]:
+    if dataclasses.is_dataclass(hint):
+        return TypeAdapter(hint)  # pydantic refuses a config beside a type that may carry its own
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))

@@ -1,0 +1,265 @@
+"""The configuration of a run: one YAML file, every field overridable by a dotted key.
+
+YAML + overrides → tree of plain values → `RunConfig` (checked) → the resolved `run.yaml` beside the adapter.
+Nothing here imports torch: reading a configuration is quick, and so is refusing a wrong one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraplex.training.spec import DataSpec
+
+Method = Literal["masa", "aslora", "dual_lora", "multilora", "lora"]
+
+# What people write first → the name that transformers' TrainingArguments has for it.
+_TRAIN_SYNONYMS = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "max_seq_length": "max_length",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used; the message names the value, where it stands and the remedy."""
+
+
+class TrainSection(BaseModel):
+    """How to train: fields of TRL's SFTConfig (task: sft) or transformers' TrainingArguments (classification).
+
+    The fields below have defaults of their own; any other field of those classes may be given too.
+    """
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    per_device_train_batch_size: int = Field(8, ge=1, description="examples per device and micro-step")
+    per_device_eval_batch_size: int = Field(16, ge=1, description="examples per evaluation batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps per update")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the mixture; max_steps wins over it")
+    max_steps: int = Field(-1, ge=-1, description="updates in all; -1 = by num_train_epochs")
+    warmup_steps: float = Field(0, ge=0, description="updates, or a fraction of the run if below 1")
+    lr_scheduler_type: str = Field("linear", description="linear, cosine, constant_with_warmup, …")
+    weight_decay: float = Field(0.0, ge=0, description="never applied to MultiLoRA's scaling factors")
+    max_length: int = Field(512, ge=8, description="tokens per example; longer prompts are cut, answers kept")
+    logging_steps: int = Field(1, ge=1, description="updates between two rows of metrics.jsonl")
+    eval_steps: int | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
+    save_steps: int = Field(100, ge=1, description="updates between two checkpoints")
+    save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
+    seed: int = Field(0, ge=0, description="of the adapter, the mixture and the order of the examples")
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Fields that only the trainer's own class knows; checked in `arguments.py`."""
+        return dict(self.model_extra or {})
+
+
+class RunConfig(BaseModel):
+    """One training run."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    model: str = Field(description="hub id, local folder, or package:NAME")
+    gguf_file: str | None = Field(None, description="GGUF file inside the model's folder or repository")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(False, description="run the code that a hub model brings along")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the base weights")
+    task: Literal["sft", "classification"] = Field("sft", description="causal language model, or classifier")
+    method: Method = Field(description="the adapter's method; lora = plain LoRA, for comparison")
+    adapter: dict[str, Any] = Field(default_factory=dict, description="fields of the method's config (r, …)")
+    data: list[DataSpec] = Field(min_length=1, description="one entry per data set, mixed by weight")
+    train: TrainSection = Field(
+        default_factory=lambda: TrainSection.model_validate({}), description="learning rate, batch size, steps, …"
+    )
+    output_dir: str = Field(min_length=1, description="where adapter, checkpoints, metrics and plot go")
+
+    @property
+    def source(self) -> Any:
+        """Where the model comes from, beside its name."""
+        return {
+            "gguf_file": self.gguf_file,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `1e-4` is a number (as in YAML 1.2) and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"{key!r} is given twice (line {key_node.start_mark.line + 1}): keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text; `source` names it in errors."""
+    try:
+        # A subclass of SafeLoader: builds plain values only.
+        return yaml.load(text, Loader=_Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"{path} {what}: give the path of a run's YAML file (see configs/ for examples).")
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping: write `key: value` lines.")
+    return tree
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """`--key value` and `--key=value` pairs; values are YAML, so `8`, `1e-4`, `[q_proj, v_proj]`, `null` work."""
+    pairs = []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise ConfigError(f"{argument!r} stands where an option is expected: write --key value or --key=value.")
+        key, equals, text = argument[2:].partition("=")
+        if not equals:
+            if not remaining or remaining[0].startswith("--"):
+                raise ConfigError(f"--{key} has no value: write --{key} value or --{key}=value.")
+            text = remaining.pop(0)
+        pairs.append((key.replace("-", "_"), parse_yaml(text, f"the value of --{key}")))
+    return pairs
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in a tree of mappings and lists: `train.seed`, `data.0.weight`."""
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        fresh: Any = [] if part == "data" and depth == 0 else {}
+        node = _child(node, part, fresh, key)
+    if isinstance(node, list):
+        index = _index(node, last, key)
+        node[index : index + 1] = [value]
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--{key}: {'.'.join(parents)} is the value {node!r} and has no fields.")
+
+
+def _child(node: Any, part: str, fresh: Any, key: str) -> Any:
+    if isinstance(node, list):
+        index = _index(node, part, key)
+        if index == len(node):
+            node.append({})
+        return node[index]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--{key}: {part!r} can't be looked up in the value {node!r}.")
+    if node.get(part) is None:
+        node[part] = fresh
+    return node[part]
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) > len(node):
+        raise ConfigError(
+            f"--{key}: {part!r} is no position in a list of {len(node)}: use 0 to {len(node) - 1}, "
+            f"or {len(node)} to append."
+        )
+    return int(part)
+
+
+def load_run(path: str | Path, overrides: Iterable[tuple[str, Any]] = ()) -> RunConfig:
+    """Read a run's YAML file and lay the overrides over it.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest name), or a value out of its range.
+    """
+    tree = read_yaml(Path(path))
+    overrides = list(overrides)
+    given = {key for key, _ in overrides}
+    for key, value in overrides:
+        set_key(tree, key, value)
+    return build_run(tree, str(path), given)
+
+
+def build_run(tree: dict[str, Any], source: str, overridden: set[str] | None = None) -> RunConfig:
+    """Check a tree of plain values; `overridden` names the keys that came from the command line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(entry, source, overridden or set()) for entry in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(entry: Any, source: str, overridden: set[str]) -> str:
+    path = ".".join(str(part) for part in entry["loc"])
+    place = "the command line" if any(path == k or path.startswith(f"{k}.") for k in overridden) else source
+    if entry["type"] == "extra_forbidden":
+        return unknown_key(path, _names_beside(entry["loc"]), place)
+    if entry["type"] == "missing":
+        return f"{source}: {path} is missing: add `{path}: …` or give --{path}."
+    message = entry["msg"].removeprefix("Value error, ")
+    if isinstance(entry["input"], dict):
+        return f"{place}: {path}: {message}"
+    return f"{place}: {path} is {entry['input']!r}: {message}"
+
+
+def _names_beside(location: tuple[Any, ...]) -> list[str]:
+    sections: dict[Any, type[BaseModel]] = {"train": TrainSection, "data": DataSpec}
+    model = sections.get(location[0], RunConfig) if len(location) > 1 else RunConfig
+    return list(model.model_fields)
+
+
+def unknown_key(path: str, names: Iterable[str], place: str) -> str:
+    """The message for a key that nothing knows: with the nearest name, or all of them if there are few."""
+    names = sorted(names)
+    prefix, _, last = path.rpartition(".")
+    near = nearest(last, names, _TRAIN_SYNONYMS if prefix == "train" else {})
+    if near is None and not prefix and last in {*TrainSection.model_fields, *_TRAIN_SYNONYMS}:
+        return f"{place}: unknown key {path!r}: did you mean 'train.{_TRAIN_SYNONYMS.get(last, last)}'?"
+    if near is not None:
+        return f"{place}: unknown key {path!r}: did you mean {f'{prefix}.{near}'.lstrip('.')!r}?"
+    known = ", ".join(names) if len(names) <= 40 else "see docs/cli.md"
+    return f"{place}: unknown key {path!r}: known keys here are {known}."
+
+
+def nearest(name: str, names: Iterable[str], synonyms: dict[str, str] | None = None) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    names = list(names)
+    synonym = (synonyms or {}).get(name)
+    if synonym in names:
+        return synonym
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The resolved configuration; `load_run` reads it back to an equal one."""
+    tree = run.model_dump(mode="json")
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,203 @@
+"""Tasks: data sets turned into training and held-out examples, and mixtures of them.
+
+For `sft` the examples have TRL's columns `prompt` and `completion`, so that the loss is on the answers only:
+lists of messages when the tokenizer has a chat template, plain strings when it has none. For `classification`
+they have `text`, perhaps `text_pair`, and an integer `label`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset, concatenate_datasets
+
+from loraplex.training.examples import Convert, Example, classifier, label_map, writer
+from loraplex.training.rows import Rows, read_rows
+from loraplex.training.spec import DataSpec, Kind, with_defaults
+
+__all__ = ["DataSpec", "Task", "build_mixture", "load_task"]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task's examples, ready for a trainer; `eval` is None when nothing is held out.
+
+    Where the answer is one of several, `eval` has two more columns: `choices`, the candidates in the form of
+    `completion`, and `answer`, the index of the right one.
+    """
+
+    name: str
+    kind: Kind
+    train: Dataset
+    eval: Dataset | None
+    weight: float | None = None
+    label_names: tuple[str, ...] = ()
+    dropped: int = 0
+    """Training examples left out because the held-out part has the same one."""
+
+    @property
+    def multiple_choice(self) -> bool:
+        """Whether `eval` lists candidate answers."""
+        return self.eval is not None and "choices" in self.eval.column_names
+
+
+def load_task(spec: DataSpec, seed: int, kind: Kind = "sft", chat: bool = False) -> Task:
+    """Read a data set, hold a part out and turn its rows into examples of `kind`.
+
+    `chat` says whether `sft` examples are lists of messages: true for a tokenizer with a chat template. The
+    held-out part depends only on the seed and the data, and no example of it stays in the training part.
+
+    Raises FileNotFoundError, ModuleNotFoundError (a missing package) and ValueError; each names the value at
+    fault and the remedy.
+    """
+    spec = with_defaults(spec)
+    rows = read_rows(spec.path, spec.split, spec.subset)
+    eval_rows, eval_order, train_order = _hold_out(spec, seed, rows)
+    eval_place = spec.eval_path or spec.path
+    if kind == "sft":
+        label_names: tuple[str, ...] = ()
+        convert = writer(spec, rows, chat)
+    else:
+        names = label_map(spec, rows, eval_rows)
+        label_names = tuple(dict.fromkeys(names.values()))
+        convert = classifier(spec, names)
+    held_out = [example for index in eval_order for example in convert(eval_rows[index], _where(eval_place, index))]
+    train, dropped = _training_part(spec, rows, train_order, convert, {_identity(example) for example in held_out})
+    return Task(
+        name=spec.title,
+        kind=kind,
+        train=Dataset.from_list(train),
+        eval=Dataset.from_list(held_out) if held_out else None,
+        weight=spec.weight,
+        label_names=label_names,
+        dropped=dropped,
+    )
+
+
+def build_mixture(tasks: Sequence[Task], seed: int, size: int | None = None) -> Dataset:
+    """Mix the training parts of several tasks into one data set of `size` examples, in random order.
+
+    Each task gets its exact share by `weight`; without weights, a share by its number of examples. A task that
+    must give more than it has is repeated, each pass in a new order. By default `size` is the number of examples
+    of all tasks together, so that without weights each is there once.
+
+    Raises ValueError for tasks that cannot be mixed, or when only some of them have a weight.
+    """
+    _check_mixable(tasks)
+    lengths = [len(task.train) for task in tasks]
+    total = sum(lengths) if size is None else size
+    if total < 1:
+        raise ValueError(f"a mixture of {total} examples cannot be trained on: give a size of at least 1")
+    weights = [
+        float(length) if task.weight is None else task.weight for task, length in zip(tasks, lengths, strict=True)
+    ]
+    indices: list[int] = []
+    start = 0
+    for number, (count, length) in enumerate(zip(_shares(total, weights), lengths, strict=True)):
+        indices += [start + index for index in _draw(count, length, f"{seed}/{number}")]
+        start += length
+    random.Random(seed).shuffle(indices)
+    return concatenate_datasets([task.train for task in tasks]).select(indices)
+
+
+def _hold_out(spec: DataSpec, seed: int, rows: Rows) -> tuple[Rows, list[int], list[int]]:
+    """The rows to evaluate on, which of them in which order, and the order of the rows to train on."""
+    order = _permutation(len(rows), seed)
+    if spec.eval_path is None and spec.eval_split is None:
+        count = spec.eval_size or 0
+        if spec.eval_fraction is not None:
+            count = max(1, round(spec.eval_fraction * len(rows)))
+        if count >= len(rows):
+            asked = "eval_fraction" if spec.eval_fraction is not None else "eval_size"
+            raise ValueError(
+                f"{asked} {getattr(spec, asked)} holds out {count} of the {len(rows)} rows of {spec.path!r} and "
+                "leaves none to train on: lower it, or give more data"
+            )
+        return rows, order[:count], order[count:]
+    place, split = spec.eval_path or spec.path, spec.eval_split or "train"
+    if (place, split) == (spec.path, spec.split):
+        raise ValueError(f"{place!r}, split {split!r} is both trained and evaluated on: give another eval_split")
+    same = place == spec.path
+    eval_rows = read_rows(place, split, spec.subset if same else None)
+    if (spec.eval_size or 0) > len(eval_rows):
+        raise ValueError(f"eval_size {spec.eval_size} is more than the {len(eval_rows)} rows of {place!r}: lower it")
+    return eval_rows, _permutation(len(eval_rows), seed)[: spec.eval_size], order
+
+
+def _training_part(
+    spec: DataSpec, rows: Rows, order: list[int], convert: Convert, held_out: set[str]
+) -> tuple[list[Example], int]:
+    """At most `max_examples` rows as examples, without those held out, and the number left out."""
+    train: list[Example] = []
+    dropped = used = 0
+    for index in order:
+        if used == spec.max_examples:
+            break
+        examples = convert(rows[index], _where(spec.path, index))
+        fresh = [example for example in examples if _identity(example) not in held_out]
+        dropped += len(examples) - len(fresh)
+        used += bool(fresh)
+        train += [
+            {key: value for key, value in example.items() if key not in ("choices", "answer")} for example in fresh
+        ]
+    if not train:
+        raise ValueError(f"{spec.path!r} has nothing to train on: all {dropped} examples are held out for evaluation")
+    if dropped:
+        logger.warning("%s: left out %d training examples that are also held out", spec.title, dropped)
+    return train, dropped
+
+
+def _where(place: str, index: int) -> str:
+    return f"{place}, row {index + 1}"
+
+
+def _identity(example: Example) -> str:
+    return json.dumps({key: value for key, value in example.items() if key != "choices"}, sort_keys=True)
+
+
+def _permutation(length: int, seed: int | str) -> list[int]:
+    return random.Random(seed).sample(range(length), length)
+
+
+def _draw(count: int, length: int, seed: str) -> Iterator[int]:
+    """`count` of the numbers below `length`: whole passes, each in its own order, and a part of one more."""
+    for number in range(math.ceil(count / length)):
+        yield from _permutation(length, f"{seed}/{number}")[: count - number * length]
+
+
+def _shares(total: int, weights: Sequence[float]) -> list[int]:
+    """Split `total` by weight into whole numbers: rounded down, and what is left to the largest remainders."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def _check_mixable(tasks: Sequence[Task]) -> None:
+    if not tasks:
+        raise ValueError("a mixture needs at least one task")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tasks of a mixture need different names, got {names}: set name")
+    unweighted = [task.name for task in tasks if task.weight is None]
+    if 0 < len(unweighted) < len(tasks):
+        raise ValueError(f"tasks {unweighted} have no weight, the others have: give all of them one, or none")
+    for task in tasks[1:]:
+        if task.kind != tasks[0].kind or task.label_names != tasks[0].label_names:
+            raise ValueError(
+                f"tasks {names[0]!r} ({tasks[0].kind}, classes {tasks[0].label_names}) and {task.name!r} "
+                f"({task.kind}, classes {task.label_names}) cannot share a model: give labels the same class names"
+            )
+        if task.train.features != tasks[0].train.features:
+            raise ValueError(
+                f"tasks {names[0]!r} and {task.name!r} have different columns: "
+                f"{tasks[0].train.features} and {task.train.features}"
+            )

@@ -1,0 +1,150 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from loraplex.inspect import Description
+    from loraplex.training.run import Result
+
+# Choices of equal length have equal accuracies: one row is enough then.
+_SAME_AS = {"accuracy_norm": "accuracy"}
+_METRICS = ("loss", "perplexity", "accuracy", "accuracy_norm", "f1")
+
+
+def make_console() -> Console:
+    """Standard output; as wide as it takes where no terminal sets the width."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+
+
+def print_summary(result: Result) -> None:
+    """What a finished run achieved, and where everything is."""
+    console = make_console()
+    if result.after:
+        print_metrics(_columns(result.after, before=result.before, after=result.after), "Held-out data")
+    facts = [
+        ("adapter", str(result.output_dir)),
+        ("trainable parameters", f"{result.trainable:,}"),
+        ("time", _duration(result.seconds)),
+        ("peak memory", f"{result.peak_memory / 2**30:.2f} GiB"),
+        ("steps", f"{result.step:,}"),
+    ]
+    console.print(_facts(facts))
+
+
+def _facts(facts: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def _columns(tasks: Iterable[str], **columns: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """task → {column: metrics}."""
+    return {task: {name: values[task] for name, values in columns.items() if task in values} for task in tasks}
+
+
+def print_metrics(tasks: dict[str, dict[str, Any]], title: str) -> None:
+    """One row per task and metric, one column per model."""
+    names = list(dict.fromkeys(name for columns in tasks.values() for name in columns))
+    table = _table(title, "task", "metric", *names)
+    for task, columns in tasks.items():
+        label = f"{task} ({next(iter(columns.values()))['examples']:,} examples)"
+        for metric in _METRICS:
+            if any(values.get(metric) not in (None, values.get(_SAME_AS.get(metric))) for values in columns.values()):
+                cells = [_number(columns.get(name, {}).get(metric)) for name in names]
+                table.add_row(label, metric, *cells)
+                label = ""
+        table.add_section()
+    make_console().print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def print_description(description: Description, adapter: Path) -> None:
+    """Parameters per module, what is shared between which layers, what was merged when."""
+    console = make_console()
+    size = "" if description.file_bytes is None else f", {description.file_bytes:,} bytes"
+    facts = [
+        ("adapter", str(adapter)),
+        ("base model", str(description.base_model)),
+        ("method", f"{description.method}, r {description.r}, lora_alpha {description.lora_alpha:g}"),
+        ("trainable parameters", f"{description.parameters:,}{size}"),
+    ]
+    if description.warmup:
+        done, total = description.warmup
+        facts.append(("warm-up", f"{done} of {total or 'an unknown number of'} steps"))
+    console.print(_facts(facts))
+    if description.modules or description.fully_trained:
+        _print_modules(description, console)
+    if description.shared:
+        table = _table("Shared", "family", "factor", "shape", "parameters", "read by layers")
+        for row in description.shared:
+            shape = " × ".join(map(str, row.shape))
+            table.add_row(_dotted(row.family), _short(row.factor), shape, f"{row.parameters:,}", _ranges(row.layers))
+        console.print(table)
+    if description.merges:
+        table = _table("Merges", "step", "family", "layer", "now reads B of")
+        for merge in description.merges:
+            table.add_row(str(merge.step), _dotted(merge.family), str(merge.layer), str(merge.reads))
+        console.print(table)
+
+
+def _print_modules(description: Description, console: Console) -> None:
+    table = _table("Modules", "module", "factors", "parameters")
+    for row in description.modules:
+        factors = ", ".join(f"{_short(name)} {'×'.join(map(str, shape))}" for name, shape in row.factors.items())
+        table.add_row(row.module, factors, f"{row.parameters:,}")
+    for name, parameters in description.fully_trained.items():
+        table.add_row(name, "trained in full", f"{parameters:,}")
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table whose names are folded, never cut, and whose numbers stand at the right."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        words = column in ("task", "metric", "module", "factors", "family", "factor", "shape", "read by layers")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table
+
+
+def _dotted(family: str) -> str:
+    """Families are keys of a module table, where a name can't hold dots."""
+    return family.replace("__", ".")
+
+
+def _short(factor: str) -> str:
+    return factor.removeprefix("lora_")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] → "0–2, 5"."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}–{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -1,0 +1,137 @@
+"""Rows of a data set as they lie in a file, a folder, a hub repository or a registry package."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+
+from loraplex.training.packages import PACKAGE_PREFIX, read_package
+
+Rows = Sequence[Mapping[str, Any]]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def read_rows(path: str, split: str = "train", subset: str | None = None) -> Rows:
+    """Read one split of the data set at `path`: a file, a folder, a hub id or `package:NAME`.
+
+    Raises FileNotFoundError for a missing file, ModuleNotFoundError for a missing package, ValueError for
+    content that cannot be read (it names the line) and for an empty data set.
+    """
+    if path.startswith(PACKAGE_PREFIX):
+        rows: Rows = read_package(path, split, subset)
+    else:
+        rows = _read_local_or_hub(path, split, subset)
+    if len(rows) == 0:
+        raise ValueError(f"data set {path!r} is empty (split {split!r}): give one with at least one row")
+    return rows
+
+
+def class_names(rows: Rows, column: str) -> list[str] | None:
+    """The names of a `ClassLabel` column, whose rows hold only integers; None for any other column."""
+    feature = rows.features.get(column) if isinstance(rows, Dataset) else None
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def _read_local_or_hub(path: str, split: str, subset: str | None) -> Rows:
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _read_folder(place, split)
+    if place.is_file():
+        if split != "train":
+            raise ValueError(f"{path} is one file and has no split {split!r}: name its own file in eval_path")
+        return _read_file(place)
+    if place.suffix in SUFFIXES or path.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"data file {path!r} does not exist (looked in {Path.cwd()})")
+    rows = load_dataset(path, subset, split=split)
+    if not isinstance(rows, Dataset):
+        raise ValueError(f"data set {path!r} gave {type(rows).__name__} for split {split!r}: name one split")
+    return rows
+
+
+def _read_folder(folder: Path, split: str) -> Rows:
+    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+        saved = load_from_disk(str(folder))
+        if isinstance(saved, DatasetDict):
+            if split not in saved:
+                raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(saved)}")
+            return saved[split]
+        return saved
+    for suffix in SUFFIXES:
+        file = folder / f"{split}{suffix}"
+        if file.is_file():
+            return _read_file(file)
+    inside = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+    raise FileNotFoundError(f"{folder} has no {split}.jsonl, .json, .csv or .parquet; it holds {inside}")
+
+
+def _read_file(path: Path) -> Rows:
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: {path.suffix!r} is not a known kind of data file: use {', '.join(SUFFIXES)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
+    return readers[path.suffix](path, text)
+
+
+def _read_jsonl(path: Path, text: str) -> Rows:
+    rows = []
+    # Not splitlines(): JSON strings may hold U+2028, which is no line end here.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+        rows.append(_object(row, f"{path}, line {number}"))
+    return rows
+
+
+def _read_json(path: Path, text: str) -> Rows:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; one object per line needs the suffix .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{path}, line {error.lineno} is not valid JSON: {error}{hint}") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}: it must be a list of objects")
+    return [_object(row, f"{path}, item {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}: each row must be an object with named columns")
+    return row
+
+
+def _read_csv(path: Path, text: str) -> Rows:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or ())
+                raise ValueError(f"{path}, line {reader.line_num} does not have the header's {columns} cells")
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is not valid CSV: {error}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> Rows:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from error

@@ -1,0 +1,285 @@
+"""One training run, from its configuration to the adapter and what is written beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from loraplex import ScheduleCallback
+from loraplex.evaluate import Evaluator, Metrics
+from loraplex.training.arguments import adapter_config, training_arguments
+from loraplex.training.callbacks import MetricsCallback, ProgressLine, StopOnSignal
+from loraplex.training.card import model_card
+from loraplex.training.checkpoints import (
+    LABELS_NAME,
+    RUN_NAME,
+    check_fresh,
+    check_same_run,
+    checkpoints,
+    last_complete,
+    step_of,
+)
+from loraplex.training.config import ConfigError, RunConfig, to_yaml
+from loraplex.training.data import Task, build_mixture, load_task
+from loraplex.training.encode import encode_texts, encode_training
+from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
+from loraplex.training.models import load_model, load_tokenizer
+from loraplex.training.trainers import AnswerTrainer, ClassifierTrainer
+
+VERSIONS_NAME = "versions.json"
+_REPORTED = ("loraplex", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+# What a saved adapter consists of; the libraries also write a pickle of their arguments beside it.
+_ADAPTER_FILES = (
+    "adapter_",
+    "README",
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_template",
+)
+
+
+@dataclass
+class Result:
+    """What came of a run."""
+
+    output_dir: Path
+    step: int
+    before: dict[str, Metrics] = field(default_factory=dict)
+    after: dict[str, Metrics] = field(default_factory=dict)
+    trainable: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    """Bytes: of the accelerator where there is one, else of the process."""
+    signal: int | None = None
+    """The signal that ended the run early, if one did; its checkpoint is `checkpoint`."""
+    checkpoint: Path | None = None
+
+
+def train(run: RunConfig, resume: bool = False) -> Result:
+    """Train an adapter, or continue an interrupted run from its last whole checkpoint.
+
+    Raises:
+        ConfigError: the configuration or the state of `output_dir` doesn't allow it.
+    """
+    output_dir = Path(run.output_dir)
+    checkpoint = _starting_point(run, output_dir, resume)
+    peft_config = adapter_config(run)  # refuses a wrong field before the model is loaded
+    with_eval = bool(run.train.eval_steps)
+    training_arguments(run, eval_on_start=checkpoint is None)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer, tasks = load_data(run)
+    evaluators = make_evaluators(run, tasks, tokenizer)
+    arguments = training_arguments(
+        run,
+        eval_on_start=checkpoint is None and bool(evaluators),
+        **({} if evaluators and with_eval else {"eval_strategy": "no"}),
+    )
+    trainer = _build_trainer(run, arguments, tokenizer, tasks, peft_config)
+    log = MetricsLog(output_dir / METRICS_NAME)
+    stop = _attach(trainer, evaluators, log)
+    if trainer.is_world_process_zero():
+        log.start(None if checkpoint is None else step_of(checkpoint))
+        write_atomic(output_dir / RUN_NAME, to_yaml(run))
+        write_atomic(output_dir / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
+        if run.task == "classification":
+            write_atomic(output_dir / LABELS_NAME, json.dumps(tasks[0].label_names) + "\n")
+    result = _run(trainer, stop, log, checkpoint, output_dir)
+    if trainer.is_world_process_zero():
+        plot_losses(log.rows, output_dir / PLOT_NAME, f"{run.method} on {Path(run.model).name}")
+        if result.signal is None:
+            write_atomic(output_dir / "README.md", model_card(run, result))
+    return result
+
+
+def _starting_point(run: RunConfig, output_dir: Path, resume: bool) -> Path | None:
+    if not resume:
+        check_fresh(output_dir)
+        return None
+    if not output_dir.is_dir():
+        raise ConfigError(f"output_dir {output_dir} does not exist, so there is nothing to resume: leave --resume out.")
+    checkpoint, faults = last_complete(output_dir)
+    for warning in [*faults, *check_same_run(run, output_dir)]:
+        note(f"warning: {warning}")
+    note(f"continuing from {checkpoint}")
+    return checkpoint
+
+
+def load_data(run: RunConfig) -> tuple[PreTrainedTokenizerBase, list[Task]]:
+    """The run's tokenizer and tasks."""
+    tokenizer = load_tokenizer(run.model, **run.source)
+    chat = tokenizer.chat_template is not None
+    tasks = []
+    for spec in run.data:
+        note(f"reading {spec.path}")
+        tasks.append(load_task(spec, run.train.seed, run.task, chat))
+    names = [task.name for task in tasks]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise ConfigError(f"two data sets are called {name!r}: give data.{index}.name.")
+    for task in tasks[1:]:
+        if task.label_names != tasks[0].label_names:
+            raise ConfigError(
+                f"{task.name!r} has the classes {list(task.label_names)}, {names[0]!r} has "
+                f"{list(tasks[0].label_names)}: one classifier needs the same classes; use data.N.labels to rename."
+            )
+    return tokenizer, tasks
+
+
+def make_evaluators(run: RunConfig, tasks: list[Task], tokenizer: PreTrainedTokenizerBase) -> dict[str, Evaluator]:
+    """task → its evaluator, for the tasks that hold examples out."""
+    length, batch = run.train.max_length, run.train.per_device_eval_batch_size
+    return {task.name: Evaluator(task, tokenizer, length, batch) for task in tasks if task.eval is not None}
+
+
+def load_base(run: RunConfig, tasks: list[Task]) -> Any:
+    """The base model, with a fresh head for the tasks' classes if it classifies."""
+    set_seed(run.train.seed)
+    names = list(tasks[0].label_names) if run.task == "classification" else None
+    note(f"loading {run.model}")
+    return load_model(run.model, run.task, label_names=names, dtype=run.dtype, **run.source)
+
+
+def _build_trainer(
+    run: RunConfig, arguments: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], peft_config: Any
+) -> Any:
+    model = load_base(run, tasks)
+    mixture = build_mixture(tasks, run.train.seed)
+    if run.task == "sft":
+        data = encode_training(tokenizer, mixture, run.train.max_length)
+    else:
+        data = encode_texts(tokenizer, mixture, run.train.max_length)
+    if len(data) == 0:
+        raise ConfigError("data: no training example is left: every answer is empty.")
+    # evaluate() is ours, but the Trainer refuses to plan evaluations without a data set of its own.
+    placeholder = data.select(range(1)) if arguments.eval_strategy != "no" or arguments.eval_on_start else None
+    common: dict[str, Any] = {"args": arguments, "train_dataset": data, "eval_dataset": placeholder}
+    if run.task == "sft":
+        return AnswerTrainer(model=model, processing_class=tokenizer, peft_config=peft_config, **common)
+    set_seed(run.train.seed)
+    return ClassifierTrainer(
+        model=get_peft_model(model, peft_config),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        **common,
+    )
+
+
+def _attach(trainer: Any, evaluators: dict[str, Evaluator], log: MetricsLog) -> StopOnSignal:
+    stop = StopOnSignal()
+    trainer.evaluators, trainer.metrics_log = evaluators, log
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (ScheduleCallback(), MetricsCallback(log), ProgressLine(), stop):
+        trainer.add_callback(callback)
+    return stop
+
+
+def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | None, output_dir: Path) -> Result:
+    started = time.monotonic()
+    finished = checkpoint is not None and _is_finished(checkpoint)
+    if not finished:
+        with stop.installed():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = Result(output_dir, trainer.state.global_step)
+    if finished:
+        assert checkpoint is not None
+        result.step = step_of(checkpoint)
+        _move_files(checkpoint, output_dir, copy=True)
+    elif stop.signal is not None and result.step < trainer.state.max_steps:
+        result.signal = stop.signal
+        result.checkpoint = next(iter(checkpoints(output_dir)), None)
+    else:
+        if trainer.evaluators and not log.evaluations(result.step):
+            trainer.evaluate()
+        _save(trainer, output_dir)
+    result.seconds = time.monotonic() - started
+    result.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    result.peak_memory = peak_memory()
+    result.before, result.after = log.evaluations(0), log.evaluations(_saved_step(trainer, result.step))
+    if trainer.is_world_process_zero() and result.signal is None:
+        _write_end(log, result)
+    return result
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    # The Trainer would take a step too many if it were asked to continue from its last one.
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _saved_step(trainer: Any, step: int) -> int:
+    best = trainer.state.best_global_step
+    return best if trainer.args.load_best_model_at_end and best is not None else step
+
+
+def _save(trainer: Any, output_dir: Path) -> None:
+    """Save the adapter under a temporary name, then move its files to their place."""
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter-") as folder:
+        trainer.save_model(folder)
+        if trainer.is_world_process_zero():
+            _move_files(Path(folder), output_dir)
+
+
+def _move_files(folder: Path, output_dir: Path, copy: bool = False) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name.startswith(_ADAPTER_FILES):
+            source = file
+            if copy:
+                source = output_dir / f".{file.name}.{os.getpid()}.tmp"
+                shutil.copyfile(file, source)
+            os.replace(source, output_dir / file.name)
+
+
+def _write_end(log: MetricsLog, result: Result) -> None:
+    log.add(
+        "end",
+        result.step,
+        {
+            "seconds": round(result.seconds, 1),
+            "trainable_parameters": result.trainable,
+            "peak_memory_bytes": result.peak_memory,
+        },
+    )
+
+
+def peak_memory() -> int:
+    """Bytes at the peak: of the accelerator where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _REPORTED:
+        found[package] = importlib.metadata.version(package)
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return found
+
+
+def note(text: str) -> None:
+    """A line about what is going on, to stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""The command itself: help, options, exit codes, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import loraplex
+from loraplex.cli import main, split_overrides
+from loraplex.training.arguments import adapter_config, check_train
+from loraplex.training.config import load_run
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+# Runs the command with an empty package in place of loraplex/__init__.py, whose import registers the methods.
+HELP_ALONE = """
+import importlib.machinery, sys, types
+package = types.ModuleType("loraplex")
+package.__path__ = [sys.argv[1]]
+sys.modules["loraplex"] = package
+from loraplex.cli import main
+try:
+    main(sys.argv[2:])
+except SystemExit:
+    pass
+heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "rich"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """The message of a command that must fail as a user's error: exit code 2, one message, no traceback."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    package = str(Path(loraplex.__file__).parent)
+    command = [sys.executable, "-c", HELP_ALONE, package, *arguments]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_help_has_a_line_per_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for command in ("train", "eval", "merge", "inspect"):
+        assert sum(line.startswith(f"{command} ") for line in lines) == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"loraplex {loraplex.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["merge", "somewhere"], ["inspect", "a", "--jsn"]])
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "usage: loraplex" in capsys.readouterr().err
+
+
+def test_overrides_are_told_from_options():
+    arguments = ["train", "--adapter.r", "8", "run.yaml", "--train.max_steps", "-1", "--resume", "--method=lora"]
+    own, overrides = split_overrides(arguments)
+    assert own == ["train", "run.yaml", "--resume"]
+    assert overrides == ["--adapter.r", "8", "--train.max_steps", "-1", "--method=lora"]
+    assert split_overrides(["eval", "a", "--data", "x", "--data.0.eval_size", "3"]) == (
+        ["eval", "a", "--data", "x"],
+        ["--data.0.eval_size", "3"],
+    )
+
+
+def test_dry_run_prints_the_resolved_configuration(capsys):
+    assert main(["train", str(ROOT / "configs" / "masa.yaml"), "--dry-run", "--adapter.r", "2"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert tree["adapter"]["r"] == 2
+    assert tree["train"]["seed"] == 0
+
+
+def test_unknown_key_on_the_command_line(capsys):
+    message = error_of(capsys, "train", str(ROOT / "configs" / "masa.yaml"), "--adapter.rr", "2", "--dry-run")
+    assert "unknown key 'adapter.rr'" in message
+    message = error_of(capsys, "train", str(ROOT / "configs" / "masa.yaml"), "--outputdir", "x")
+    assert "the command line: unknown key 'outputdir': did you mean 'output_dir'?" in message
+
+
+def test_missing_and_malformed_files(tmp_path, capsys):
+    assert "does not exist" in error_of(capsys, "train", str(tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    assert "bad.yaml is not valid YAML" in error_of(capsys, "train", str(tmp_path / "bad.yaml"))
+    for command in (["inspect"], ["eval"], ["merge", "-o", str(tmp_path / "m")]):
+        assert "is not a folder" in error_of(capsys, *command, str(tmp_path / "none"))
+        assert "adapter_config.json is missing" in error_of(capsys, *command, str(tmp_path))
+
+
+def test_missing_data_and_model(tmp_path, capsys):
+    run = {"model": str(tmp_path / "model"), "method": "lora", "output_dir": str(tmp_path / "out")}
+    run["data"] = [{"path": str(tmp_path / "none.jsonl")}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    assert str(tmp_path / "model") in error_of(capsys, "train", str(tmp_path / "run.yaml"))
+
+
+def test_broken_adapters(tmp_path, capsys):
+    config = tmp_path / "adapter_config.json"
+    config.write_text("{")
+    assert "is not JSON" in error_of(capsys, "inspect", str(tmp_path))
+    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert "not a whole safetensors file" in error_of(capsys, "inspect", str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "give --data or --run" in error_of(capsys, "eval", str(tmp_path))
+    config.write_text(json.dumps({"peft_type": "VERA", "base_model_name_or_path": "x"}))
+    assert "is a VERA adapter" in error_of(capsys, "eval", str(tmp_path), "--data", "x.jsonl")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["train", str(tmp_path / "none.yaml"), "--debug"])
+
+
+@pytest.mark.parametrize("module", ["trl", "datasets", "yaml"])
+def test_missing_extra_names_the_remedy(module, tmp_path, capsys, monkeypatch):
+    for name in list(sys.modules):
+        if name.split(".")[0] == module or name.startswith("loraplex.training"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    message = error_of(capsys, "train", str(ROOT / "configs" / "masa.yaml"))
+    assert f'{module} is not installed: pip install "loraplex[train]"' in message
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_of_the_project(path):
+    run = load_run(path)
+    check_train(run)
+    assert adapter_config(run).r == run.adapter["r"]
+    assert run.output_dir == f"runs/{path.stem}"

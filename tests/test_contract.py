@@ -1,0 +1,1023 @@
+"""Every method × every promise. The equations themselves are in tests/methods."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+import helpers as h
+import loraplex
+from helpers import ARCHS, LAYERS, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
+from loraplex.sharing import BANK, layer_depth
+
+LLAMA = ARCHS["llama"]
+BATCH = LLAMA.inputs()
+
+every_method = pytest.mark.parametrize("method", METHODS)
+every_plain = pytest.mark.parametrize("method", PLAIN)
+every_mergeable = pytest.mark.parametrize("method", MERGEABLE)
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(model: nn.Module, inputs: dict[str, Tensor], steps: int = 10, lr: float = 2e-2) -> list[float]:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+# 1. The start
+
+
+@every_method
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "t5"])
+def test_starts_at_the_base_model(method: str, arch: str) -> None:
+    base, inputs = ARCHS[arch].build(), ARCHS[arch].inputs()
+    expected = output(base, inputs)
+    model = get_peft_model(base, config(method, target_modules=ARCHS[arch].targets))
+    assert torch.equal(output(model.train(), inputs), expected)
+    assert torch.equal(output(model.eval(), inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_starts_at_the_base_model_in_other_dtypes(method: str, dtype: torch.dtype) -> None:
+    base = LLAMA.build().to(dtype)
+    expected = output(base, BATCH)
+    assert torch.equal(output(get_peft_model(base, config(method)), BATCH), expected)
+
+
+@every_method
+def test_init_weights_false_starts_elsewhere(method: str) -> None:
+    base = LLAMA.build()
+    expected = output(base, BATCH)
+    model = get_peft_model(base, config(method, init_weights=False))
+    assert not torch.allclose(output(model, BATCH), expected, atol=1e-3)
+
+
+# 3. Merging
+
+
+@every_mergeable
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str
+)
+def test_merge_equals_forward(method: str, arch: str, dtype: torch.dtype, tolerance: float) -> None:
+    inputs = ARCHS[arch].inputs()
+    model = adapted(method, arch, dtype)
+    weights, expected = h.base_weights(model), output(model, inputs)
+    with model.disable_adapter():
+        base = output(model, inputs)
+    scale = expected.abs().max().item()
+    assert (base - expected).abs().max() > 0.1 * scale
+    model.merge_adapter()
+    assert all(layer.merged for layer in h.layers_of(model).values())
+    assert (output(model, inputs) - expected).abs().max().item() <= tolerance * scale
+    model.unmerge_adapter()
+    h.assert_same(h.base_weights(model), weights)
+    assert torch.equal(output(model, inputs), expected)
+
+
+@every_mergeable
+def test_merge_uses_the_scaling_once(method: str) -> None:
+    """Doubling lora_alpha doubles ΔW, in forward and in the merged weight alike."""
+    deltas = []
+    for alpha in (6, 12):
+        model = adapted(method, dtype=torch.float64, lora_alpha=alpha)
+        before = h.base_weights(model)
+        model.merge_adapter()
+        after = h.base_weights(model)
+        name = next(name for name in before if name.endswith("v_proj.base_layer.weight"))
+        deltas.append(after[name] - before[name])
+    assert deltas[0].abs().max() > 0.01
+    torch.testing.assert_close(deltas[1], 2 * deltas[0])
+
+
+@every_mergeable
+def test_safe_merge_catches_nan(method: str) -> None:
+    model = adapted(method)
+    weights = h.base_weights(model)
+    parameters = h.adapter_parameters(model)
+    last = [name for name in parameters if name.endswith("lora_B") or "lora_B_" in name][-1]
+    with torch.no_grad():
+        parameters[last][0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter(safe_merge=True)
+    h.assert_same(h.base_weights(model), weights)
+    assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    h.assert_same(h.base_weights(model), weights)
+    assert h.layers_of(model)
+    assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+    # The model still works: repaired, it merges.
+    with torch.no_grad():
+        parameters[last][0, 0] = 0.5
+    expected = output(model, BATCH)
+    torch.testing.assert_close(output(model.merge_and_unload(safe_merge=True), BATCH), expected, atol=1e-5, rtol=1e-4)
+
+
+@every_mergeable
+def test_merge_and_unload_leaves_a_plain_model(method: str) -> None:
+    model = adapted(method)
+    expected = output(model, BATCH)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(LLAMA.build())
+    assert not any("loraplex" in type(m).__module__ for m in merged.modules())
+    assert sorted(merged.state_dict()) == sorted(LLAMA.build().state_dict())
+    torch.testing.assert_close(output(merged, BATCH), expected, atol=1e-5, rtol=1e-4)
+
+
+@every_method
+def test_unload_returns_the_base_model(method: str) -> None:
+    expected = LLAMA.build().state_dict()
+    h.assert_same(adapted(method).unload().state_dict(), expected)
+
+
+def test_router_refuses_to_merge() -> None:
+    model = adapted("masa-router")
+    before = h.snapshot(model, BATCH)
+    for refuse in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        next(iter(h.layers_of(model).values())).merge,
+    ):
+        with pytest.raises(ValueError, match=r"router.*depend on the input.*calibrate"):
+            refuse()
+        h.assert_unchanged(before, h.snapshot(model, BATCH))
+    assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
+def test_router_beside_a_mergeable_adapter_merges_nothing() -> None:
+    model = adapted("masa-sum")
+    loraplex.add_adapter(model, "router", config("masa-router"))
+    ready(model, "router", seed=1)
+    model.base_model.set_adapter(["default", "router"])
+    weights = h.base_weights(model)
+    with pytest.raises(ValueError, match="router"):
+        model.merge_adapter()
+    h.assert_same(h.base_weights(model), weights)
+    model.merge_adapter(adapter_names=["default"])
+    assert next(iter(h.layers_of(model).values())).merged_adapters == ["default"]
+
+
+@every_mergeable
+def test_disable_adapter_while_merged(method: str) -> None:
+    model = adapted(method)
+    expected = output(model, BATCH)
+    with model.disable_adapter():
+        base = output(model, BATCH)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(output(model, BATCH), base)
+    torch.testing.assert_close(output(model, BATCH), expected, atol=1e-5, rtol=1e-4)
+    assert {m.merged for m in model.modules() if isinstance(m, BaseTunerLayer)} == {False}
+
+
+def test_merge_of_two_adapters_is_their_sum_and_unmerges_bitwise() -> None:
+    model = adapted("multilora", dtype=torch.float64)
+    loraplex.add_adapter(model, "other", config("dual_lora"))
+    ready(model, "other", seed=1)
+    model.base_model.set_adapter(["default", "other"])
+    weights, expected = h.base_weights(model), output(model, BATCH)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, BATCH), expected)
+    model.unmerge_adapter()
+    h.assert_same(h.base_weights(model), weights)
+
+
+@every_mergeable
+def test_merging_further_adapters_one_by_one(method: str) -> None:
+    model = adapted(method, dtype=torch.float64)
+    model.add_adapter("other", config(method))
+    ready(model, "other", seed=1)
+    weights = h.base_weights(model)
+    model.base_model.set_adapter(["default", "other"])
+    expected = output(model, BATCH)
+    model.merge_adapter(adapter_names=["default"])
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(adapter_names=["other"])
+    torch.testing.assert_close(output(model, BATCH), expected)
+    model.unmerge_adapter()
+    h.assert_same(h.base_weights(model), weights)
+
+
+# 4. Saving and loading
+
+
+def expected_parameters(method: str, settings: Any, shapes: dict[str, list[tuple[int, int]]]) -> int:
+    """Trainable parameters by the formulas of the methods' pages; `shapes`: family → (out, in) per layer."""
+    r, total = settings.r, 0
+    for family in shapes.values():
+        layers, (o, i) = len(family), family[0]
+        if method.startswith("multilora"):
+            n = settings.num_modules
+            total += layers * (n * r * (i + o) + n * (o if settings.scaling_granularity == "channel" else 1))
+        elif method == "aslora":
+            total += r * i + layers * r * o
+        elif method == "dual_lora":
+            total += layers * (settings.r_magnitude + settings.r_direction) * (i + o)
+        else:
+            n, mixing = settings.num_experts, settings.expert_mixing
+            total += math.ceil(layers / settings.share_layers) * n * r * i
+            total += layers * r * o * (n if mixing == "concat" else 1)
+            total += layers * n * i if mixing == "router" else 0
+    return total
+
+
+LLAMA_SHAPES = {"q": [(h.HIDDEN, h.HIDDEN)] * LAYERS, "v": [(h.HIDDEN // 2, h.HIDDEN)] * LAYERS}
+SCHEDULE_BYTES = {"aslora": 2 * 2 * LAYERS * 8, "dual_lora": 2 * 8}
+"""State of the schedules: a map and merge steps per family; two counters."""
+
+
+def saved_bytes(path: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in h.file_tensors(path).values())
+
+
+@every_method
+def test_round_trip(method: str, tmp_path: Path) -> None:
+    model = adapted(method)
+    expected = output(model, BATCH)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+
+    loaded = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert torch.equal(output(loaded, BATCH), expected)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    for name, layer in h.layers_of(model).items():
+        torch.testing.assert_close(
+            h.layers_of(loaded)[name].factors("default").scaling, layer.factors("default").scaling
+        )
+
+    renamed = PeftModel.from_pretrained(LLAMA.build(), tmp_path, adapter_name="other", is_trainable=True)
+    assert torch.equal(output(renamed, BATCH), expected)
+    assert {n for n, p in renamed.named_parameters() if p.requires_grad} == set(h.adapter_parameters(renamed, "other"))
+
+    host = get_peft_model(LLAMA.build(), config("multilora"))
+    loraplex.load_adapter(host, tmp_path, "second")
+    host.set_adapter("second")
+    assert torch.equal(output(host, BATCH), expected)
+
+    # Saved again, nothing changes.
+    loaded.save_pretrained(tmp_path / "again")
+    h.assert_same(h.file_tensors(tmp_path / "again"), h.file_tensors(tmp_path))
+
+
+@every_method
+def test_file_holds_each_factor_once(method: str, tmp_path: Path) -> None:
+    settings = config(method)
+    model = get_peft_model(LLAMA.build(), settings)
+    fill(model)
+    model.save_pretrained(tmp_path)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == expected_parameters(method, settings, LLAMA_SHAPES)
+    assert saved_bytes(tmp_path) == 4 * trainable + SCHEDULE_BYTES.get(method, 0)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    names = sum(len(name) + 120 for name in h.file_tensors(tmp_path))
+    assert size <= saved_bytes(tmp_path) + names + 200
+
+
+def test_merged_factors_leave_the_file(tmp_path: Path) -> None:
+    model = adapted("aslora")
+    model.save_pretrained(tmp_path)
+    trainable = expected_parameters("aslora", config("aslora"), LLAMA_SHAPES)
+    gone = 2 * 4 * (h.HIDDEN + h.HIDDEN // 2)
+    assert saved_bytes(tmp_path) == 4 * (trainable - gone) + SCHEDULE_BYTES["aslora"]
+    assert shared_maps(PeftModel.from_pretrained(LLAMA.build(), tmp_path)) == shared_maps(model)
+
+
+def shared_maps(model: nn.Module, adapter: str = "default") -> dict[str, list[int]]:
+    maps = h.shared_state(model, adapter).maps
+    assert any(mapped != list(range(len(mapped))) for mapped in maps.values())
+    return maps
+
+
+@every_method
+def test_model_card_says_what_to_import(method: str, tmp_path: Path) -> None:
+    adapted(method).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "import loraplex" in card
+    assert "pip install loraplex" in card
+    assert "tags:" in card.split("---")[1]
+
+
+def test_loading_without_the_import_fails_and_the_card_tells(tmp_path: Path) -> None:
+    LLAMA.build().save_pretrained(tmp_path / "base")
+    adapted("masa-sum").save_pretrained(tmp_path / "adapter")
+    code = (
+        "from transformers import AutoModelForCausalLM; from peft import PeftModel;"
+        f"base = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r});"
+        f"PeftModel.from_pretrained(base, {str(tmp_path / 'adapter')!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "MASA" in run.stderr
+    assert "import loraplex" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@every_plain
+def test_auto_peft_model(method: str, tmp_path: Path) -> None:
+    LLAMA.build().save_pretrained(tmp_path / "base")
+    base = LLAMA.auto.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config(method, task_type="CAUSAL_LM"))
+    ready(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(output(loaded, BATCH), output(model, BATCH))
+
+
+@every_plain
+def test_load_over_an_adapter_in_place(method: str, tmp_path: Path) -> None:
+    """What a trainer does on resume: `load_adapter` under a name that is on the model already."""
+    model = adapted(method)
+    expected = output(model, BATCH)
+    model.save_pretrained(tmp_path)
+    fresh = get_peft_model(LLAMA.build(), config(method))
+    fresh.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(output(fresh.eval(), BATCH), expected)
+    assert all(p.requires_grad for p in h.adapter_parameters(fresh).values())
+
+
+# 5. Several adapters
+
+
+def in_place(model: PeftModel, name: str) -> Tensor:
+    model.set_adapter(name)
+    return output(model, BATCH)
+
+
+@every_plain
+@pytest.mark.parametrize("second", PLAIN)
+def test_add_switch_disable_delete(method: str, second: str) -> None:
+    model = adapted(method)
+    first_alone = output(model, BATCH)
+    loraplex.add_adapter(model, "second", config(second, r=2))
+    assert torch.equal(output(model, BATCH), first_alone)
+    ready(model, "second", seed=1)
+    assert torch.equal(output(model, BATCH), first_alone)
+
+    second_alone = in_place(model, "second")
+    # Alone on a model it gives the same output: nothing of the first adapter leaks in.
+    expected = get_peft_model(LLAMA.build(), config(second, r=2))
+    ready(expected, seed=1)
+    assert torch.equal(second_alone, output(expected, BATCH))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(h.adapter_parameters(model, "second"))
+    assert torch.equal(in_place(model, "default"), first_alone)
+
+    base = output(LLAMA.build(), BATCH)
+    with model.disable_adapter():
+        assert torch.equal(output(model, BATCH), base)
+    assert torch.equal(output(model, BATCH), first_alone)
+
+    model.delete_adapter("second")
+    assert torch.equal(output(model, BATCH), first_alone)
+    assert not h.adapter_parameters(model, "second")
+    assert not any(".second." in key for key in model.state_dict())
+    loraplex.add_adapter(model, "second", config(second, r=2))
+    assert torch.equal(in_place(model, "second"), base)
+
+
+@every_plain
+def test_deleting_the_active_adapter_activates_the_other(method: str) -> None:
+    model = adapted(method)
+    loraplex.add_adapter(model, "second", config("masa-sum"))
+    ready(model, "second", seed=1)
+    expected = in_place(model, "second")
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="active which is now deleted"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["second"]
+    assert torch.equal(output(model, BATCH), expected)
+    assert {tuple(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)} == {("second",)}
+
+
+@every_method
+def test_second_adapter_shares_too(method: str, tmp_path: Path) -> None:
+    model = adapted("multilora")
+    settings = config(method)
+    loraplex.add_adapter(model, "second", settings)
+    ready(model, "second")
+    model.set_adapter("second")
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert trainable == expected_parameters(method, settings, LLAMA_SHAPES)
+    if not settings.shares_across_layers:
+        return
+    assert_shared(model, method, "second")
+    alone = adapted(method)
+    alone.save_pretrained(tmp_path / "alone")
+    model.save_pretrained(tmp_path / "pair")
+    assert saved_bytes(tmp_path / "pair" / "second") == saved_bytes(tmp_path / "alone")
+
+
+def assert_shared(model: nn.Module, method: str, adapter: str = "default") -> None:
+    """Layers of one group read the very same factor, and it is a parameter of the model."""
+    mine = {id(p) for p in h.adapter_parameters(model, adapter).values()}
+    for ending in ("q_proj", "v_proj"):
+        factors = [layer.factors(adapter) for layer in h.layers_of(model, ending).values()]
+        assert len(factors) == LAYERS
+        owners = [id(f.lora_A) for f in factors]
+        assert set(owners) <= mine
+        if method == "aslora":
+            assert len(set(owners)) == 1
+        else:
+            assert [owners.index(owner) for owner in owners] == [0, 0, 2, 2, 4]
+        pointers = [f.lora_B.data_ptr() for f in factors]
+        own = LAYERS - 2 if method == "aslora" and shared_maps(model, adapter) else LAYERS
+        assert len(set(pointers)) == own
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "roberta", "t5", "vit"])
+def test_mixed_batch(arch: str) -> None:
+    inputs = {**ARCHS[arch].inputs(batch=5)}
+    targets = ARCHS[arch].targets
+    model = adapted("aslora", arch)
+    for name, method in {"one": "masa-router", "two": "dual_lora", "three": "multilora"}.items():
+        loraplex.add_adapter(model, name, config(method, target_modules=targets))
+        ready(model, name, seed=ord(name[0]))
+    model.eval()
+    names = ["one", "__base__", "default", "two", "three"]
+    mixed = output(model, inputs, adapter_names=names)
+    rows = []
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                rows.append(output(model, inputs)[row])
+        else:
+            model.set_adapter(name)
+            rows.append(output(model, inputs)[row])
+    torch.testing.assert_close(mixed, torch.stack(rows), atol=1e-5, rtol=1e-4)
+    assert len({tuple(row.flatten()[:3].tolist()) for row in mixed}) == len(names)
+
+
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_mixed_batch_generates(arch: str, beams: int) -> None:
+    model = adapted("masa-concat", arch, task_type="CAUSAL_LM" if arch == "llama" else "SEQ_2_SEQ_LM")
+    loraplex.add_adapter(model, "other", config("aslora", target_modules=ARCHS[arch].targets))
+    ready(model, "other", seed=1)
+    model.eval()
+    ids = ARCHS[arch].inputs()["input_ids"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    mask = torch.ones_like(ids)
+    names = ["other", "__base__", "default"]
+    mixed = model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        one = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(**one, **options)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(**one, **options)
+        assert torch.equal(mixed[row], alone[0]), name
+    assert len({tuple(row.tolist()) for row in mixed[:, -5:]}) > 1
+
+
+def test_mixed_batch_refuses_what_it_cannot_do() -> None:
+    model = adapted("multilora")
+    names = ["default"] * 3
+    with pytest.raises(ValueError, match=r"absent.*default"):
+        output(model, BATCH, adapter_names=["default", "absent", "__base__"])
+    with pytest.raises(ValueError, match="2 entries for a batch of 3"):
+        output(model, BATCH, adapter_names=names[:2])
+    with pytest.raises(ValueError, match="eval"):
+        output(model.train(), BATCH, adapter_names=names)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        output(model, BATCH, adapter_names=names)
+    model.unmerge_adapter()
+    # No hook is left behind.
+    assert torch.equal(output(model, BATCH), output(adapted("multilora"), BATCH))
+
+
+@every_plain
+@pytest.mark.parametrize("second", ["aslora", "dual_lora"])
+def test_two_active_adapters_add_up(method: str, second: str) -> None:
+    """On one linear layer, where the sum is exact: both updates are added to the base output."""
+    base = h.Mlp(2).double()
+    x = torch.randn(3, 4, h.HIDDEN, dtype=torch.float64)
+    settings = {"target_modules": ["layers.0.down"]}
+    model = get_peft_model(base, config(method, **settings, **no_merges(method)))
+    fill(model)
+    loraplex.add_adapter(model, "second", config(second, **settings, **no_merges(second)))
+    fill(model, "second", seed=1)
+    for name in ("default", "second"):
+        if isinstance(h.shared_state(model, name), loraplex.schedule.Scheduled):
+            h.advance(model, name, steps=2)
+    layer = next(iter(h.layers_of(model).values())).eval()
+    inner = torch.randn(3, h.INNER, dtype=torch.float64)
+    outputs = {}
+    with torch.no_grad():
+        for names in (["default"], ["second"], ["default", "second"]):
+            model.base_model.set_adapter(names)
+            outputs[tuple(names)] = layer(inner) - layer.base_layer(inner)
+        assert all(o.abs().max() > 1e-3 for o in outputs.values())
+        both = outputs["default", "second"]
+        torch.testing.assert_close(both, outputs["default",] + outputs["second",])
+        assert model(x).isfinite().all()
+
+
+def no_merges(method: str) -> dict[str, Any]:
+    return {"num_merges": 0} if method == "aslora" else {}
+
+
+# 6. Layers, dtypes, copies, checkpointing, compilation
+
+
+@every_method
+def test_conv1d_equals_linear(method: str) -> None:
+    """GPT-2's Conv1D stores (in, out); an adapter on it gives what it gives on the same nn.Linear."""
+    model = adapted(method, "gpt2")
+    for layer in h.layers_of(model).values():
+        x = torch.randn(2, 3, layer.in_features)
+        with torch.no_grad():
+            update = layer.factors("default")(x)
+            base = x @ layer.base_layer.weight + layer.base_layer.bias
+            torch.testing.assert_close(layer(x), base + update)
+    assert (layer.in_features, layer.out_features) == (h.HIDDEN, 3 * h.HIDDEN)
+
+
+@every_method
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_base(method: str, autocast: bool) -> None:
+    base = LLAMA.build().to(torch.bfloat16)
+    model = get_peft_model(base, config(method), autocast_adapter_dtype=autocast)
+    expected = torch.float32 if autocast else torch.bfloat16
+    assert {p.dtype for p in h.adapter_parameters(model).values()} == {expected}
+    ready(model)
+    assert output(model, BATCH).dtype == torch.bfloat16
+    full = adapted(method)
+    # With the same factors: Sign(DC) of rounded factors is another function.
+    full.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    torch.testing.assert_close(output(model, BATCH).float(), output(full, BATCH), atol=0.03, rtol=0.05)
+    grads = gradients(model.train(), BATCH)
+    assert set(grads) == set(h.adapter_parameters(model))
+    assert all(g.isfinite().all() for g in grads.values())
+
+
+@every_method
+def test_torch_autocast(method: str) -> None:
+    model = adapted(method).train()
+    expected = gradients(model, BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert output(model, BATCH).isfinite().all()
+        grads = gradients(model, BATCH)
+    assert set(grads) == set(expected)
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        if expected[name].norm() > 0:
+            cosine = torch.cosine_similarity(grad.flatten(), expected[name].flatten(), dim=0)
+            assert cosine > 0.95, name
+
+
+@every_method
+def test_deepcopy_is_independent(method: str) -> None:
+    model = adapted(method)
+    expected = output(model, BATCH)
+    twin = copy.deepcopy(model)
+    assert torch.equal(output(twin, BATCH), expected)
+    ours, theirs = h.adapter_parameters(model), h.adapter_parameters(twin)
+    assert {p.data_ptr() for p in ours.values()}.isdisjoint(p.data_ptr() for p in theirs.values())
+    fill(model, seed=7)
+    assert torch.equal(output(twin, BATCH), expected)
+    assert not torch.equal(output(model, BATCH), expected)
+    if config(method).shares_across_layers:
+        assert_shared(twin, method)
+    grads = gradients(twin.train(), BATCH)
+    assert set(grads) == set(theirs)
+    assert all(p.grad is None for p in ours.values())
+
+
+@every_plain
+def test_pickle(method: str) -> None:
+    model = adapted(method)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert torch.equal(output(twin, BATCH), output(model, BATCH))
+
+
+def test_deepcopy_has_a_schedule_of_its_own() -> None:
+    model = get_peft_model(LLAMA.build(), config("dual_lora"))
+    twin = copy.deepcopy(model)
+    train(twin, BATCH, steps=2)
+    assert h.shared_state(twin).warmup.tolist()[0] == 2
+    assert h.shared_state(model).warmup.tolist()[0] == 0
+
+
+# transformers renames the call; the old name works in all versions that we support.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")
+@every_method
+def test_gradient_checkpointing_changes_nothing(method: str) -> None:
+    model = adapted(method).train()
+    expected = gradients(model, BATCH)
+    assert set(expected) == set(h.adapter_parameters(model))
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        calls = count_calls(next(iter(h.layers_of(model, "v_proj").values())))
+        h.assert_same(gradients(model, BATCH), expected)
+        assert len(calls) == 2
+        model.gradient_checkpointing_disable()
+
+
+def count_calls(module: nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def stack(method: str, layers: int = 3) -> PeftModel:
+    """An adapted `Mlp`, quick to compile."""
+    more = {"num_merges": 1} if method == "aslora" else {}
+    model = get_peft_model(h.Mlp(layers), config(method, target_modules=["up", "down"], **more))
+    ready(model)
+    return model
+
+
+# torch's own code instantiates an autograd.Function while tracing one.
+in_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@in_dynamo
+@every_method
+def test_compile(method: str) -> None:
+    torch._dynamo.reset()
+    model, x = stack(method).train(), torch.randn(2, 3, h.HIDDEN)
+    model(x).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in h.adapter_parameters(model).items()}
+    value = model(x)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), value)
+    compiled(x).square().sum().backward()
+    for name, p in h.adapter_parameters(model).items():
+        torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+@in_dynamo
+def test_no_recompilation_while_warming_up() -> None:
+    torch._dynamo.reset()
+    model = get_peft_model(h.Mlp(), config("dual_lora", target_modules=["up"], warmup_steps=6)).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, h.HIDDEN)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    outputs = []
+    for step in range(8):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            out = compiled(x)
+        outputs.append(out.detach())
+        out.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert h.shared_state(model).finished()
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(outputs[0], outputs[-1])
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_low_cpu_mem_usage(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted(method, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    expected = output(model, BATCH)
+    loaded = PeftModel.from_pretrained(LLAMA.build().to(dtype), tmp_path, low_cpu_mem_usage=True)
+    assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+    assert torch.equal(output(loaded, BATCH), expected)
+    if config(method).shares_across_layers:
+        assert_shared(loaded, method)
+    host = get_peft_model(LLAMA.build().to(dtype), config("multilora"))
+    loraplex.load_adapter(host, tmp_path, "second", low_cpu_mem_usage=True)
+    host.set_adapter("second")
+    assert torch.equal(output(host, BATCH), expected)
+
+
+@pytest.mark.parametrize("method", ["aslora", "masa-router", "masa-sum", "masa-concat"])
+def test_moves_and_casts_keep_sharing(method: str) -> None:
+    model = adapted(method)
+    expected = output(model, BATCH)
+    moves: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "double": lambda m: m.double(),
+        "float": lambda m: m.float(),
+        "bfloat16": lambda m: m.to(torch.bfloat16),
+        "share_memory": lambda m: m.share_memory(),
+        "empty": lambda m: m.to("meta").to_empty(device="cpu"),
+    }
+    for name, move in moves.items():
+        moved = move(model)
+        assert_shared(moved, method)
+        if name == "float":
+            assert torch.equal(output(moved, BATCH), expected)
+    # Trained after the move, all layers of a group follow.
+    with torch.no_grad():
+        for parameter in h.adapter_parameters(model).values():
+            parameter.fill_(0.5)
+    assert all((layer.factors("default").lora_A == 0.5).all() for layer in h.layers_of(model).values())
+
+
+@every_method
+def test_trainable_parameters_follow_the_formula(method: str) -> None:
+    settings = config(method, target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(LLAMA.build(), settings)
+    shapes = {**LLAMA_SHAPES, "down": [(h.HIDDEN, h.INNER)] * LAYERS}
+    trainable, everything = model.get_nb_trainable_parameters()
+    assert trainable == expected_parameters(method, settings, shapes)
+    assert everything == trainable + LLAMA.build().num_parameters()
+
+
+def test_equal_budgets() -> None:
+    """MASA "sum" with as many layers as experts, and Dual LoRA, have a rank-r LoRA's parameter count."""
+    lora = sum(4 * (o + i) for family in LLAMA_SHAPES.values() for o, i in family)
+    dual = get_peft_model(LLAMA.build(), loraplex.DualLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    assert dual.get_nb_trainable_parameters()[0] == lora
+    masa = loraplex.MasaConfig(r=4, num_experts=LAYERS, expert_mixing="sum", target_modules=["q_proj", "v_proj"])
+    assert get_peft_model(LLAMA.build(), masa).get_nb_trainable_parameters()[0] == lora
+
+
+# 7. Architectures
+
+
+@every_plain
+@pytest.mark.parametrize("arch", ARCHS)
+def test_ten_steps_lower_the_loss(method: str, arch: str) -> None:
+    more = {"warmup_steps": 2, "init_std": 0.3} if method == "dual_lora" else {}
+    model = get_peft_model(ARCHS[arch].build(), config(method, target_modules=ARCHS[arch].targets, **more))
+    base = h.base_weights(model)
+    losses = train(model, ARCHS[arch].inputs())
+    assert losses[-1] < losses[0], losses
+    h.assert_same(h.base_weights(model), base)
+
+
+HEADS = {"roberta": "classifier", "deberta": "classifier", "vit": "classifier"}
+
+
+@every_plain
+@pytest.mark.parametrize("arch", HEADS)
+def test_trained_head_round_trips(method: str, arch: str, tmp_path: Path) -> None:
+    inputs, more = ARCHS[arch].inputs(), {}
+    if arch != "vit":
+        more = {"task_type": "SEQ_CLS"}
+    settings = config(method, target_modules=ARCHS[arch].targets, modules_to_save=[HEADS[arch]], **more)
+    model = get_peft_model(ARCHS[arch].build(), settings)
+    losses = train(model, inputs)
+    assert losses[-1] < losses[0], losses
+    model.eval()
+    h.advance(model)
+    expected = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    base = ARCHS[arch].build()
+    assert not torch.allclose(output(base, inputs), expected, atol=1e-3)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(output(loaded, inputs), expected)
+    # A second adapter has a head of its own, and switching switches it.
+    loraplex.add_adapter(
+        loaded, "second", config("multilora", target_modules=ARCHS[arch].targets, modules_to_save=[HEADS[arch]])
+    )
+    loaded.set_adapter("second")
+    assert torch.equal(output(loaded, inputs), output(ARCHS[arch].build(), inputs))
+    # PEFT mixes a batch over heads that are one linear layer; RoBERTa's and DeBERTa's are more.
+    mixed = output(loaded, inputs, adapter_names=["default", "second", "default"]) if arch == "vit" else None
+    loaded.set_adapter("default")
+    assert torch.equal(output(loaded, inputs), expected)
+    if mixed is not None:
+        torch.testing.assert_close(mixed[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-4)
+    merged = loaded.merge_and_unload() if method != "masa-router" else None
+    if merged is not None:
+        torch.testing.assert_close(output(merged, inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["aslora", "masa-sum"])
+def test_families_of_t5(method: str) -> None:
+    model = adapted(method, "t5", target_modules=["q", "wo"])
+    families = {name: len(family) for name, family in h.shared_state(model)._factors.items()}
+    assert sorted(families.values()) == [3, 3, 3, LAYERS, LAYERS]
+    assert len({name for name in families if name.startswith("encoder")}) == 2
+    for name, layer in h.layers_of(model, ".q").items():
+        factors = layer.factors("default")
+        block = int(name.split(".block.")[1].split(".")[0])
+        assert factors.index == block
+        assert layer_depth(name.removeprefix("base_model.model.")) == block
+    decoder = [layer for name, layer in h.layers_of(model, "SelfAttention.q").items() if "decoder" in name]
+    cross = list(h.layers_of(model, "EncDecAttention.q").values())
+    assert decoder[0].factors("default").lora_A is not cross[0].factors("default").lora_A
+
+
+def test_depth_orders_families_as_numbers() -> None:
+    """Layer 10 comes after layer 2, not after layer 1."""
+    model = get_peft_model(
+        h.Mlp(11), loraplex.AsLoraConfig(r=2, target_modules=["up"], num_merges=0, merge_start_step=1)
+    )
+    for name, layer in h.layers_of(model).items():
+        assert f".{layer.factors('default').index}.up" in name
+
+
+# Settings
+
+
+@every_plain
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_bias(method: str, bias: str, tmp_path: Path) -> None:
+    inputs = ARCHS["roberta"].inputs()
+    model = get_peft_model(ARCHS["roberta"].build(), config(method, target_modules=["query"], bias=bias))
+    biases = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    if bias == "lora_only":
+        assert len(biases) == LAYERS
+        assert all("query.base_layer" in name for name in biases)
+    else:
+        assert biases == {n for n, _ in model.named_parameters() if n.endswith("bias")}
+    train(model, inputs, steps=2)
+    h.advance(model)
+    expected = output(model.eval(), inputs)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(ARCHS["roberta"].build(), tmp_path)
+    assert torch.equal(output(loaded, inputs), expected)
+
+
+@every_method
+def test_rank_and_alpha_patterns(method: str, tmp_path: Path) -> None:
+    more = {"r_magnitude": None, "r_direction": None} if method == "dual_lora" else {}
+    settings = config(method, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3, r".*\.1\..*q_proj": 9}, **more)
+    model = get_peft_model(LLAMA.build(), settings)
+    ready(model)
+    for name, layer in h.layers_of(model).items():
+        factors = layer.factors("default")
+        r = 2 if name.endswith("v_proj") else 4
+        alpha = 3 if name.endswith("v_proj") else 9 if ".1." in name else 6
+        assert (factors.r, factors.lora_alpha) == (r, alpha), name
+        divisor = r / 2 if method == "dual_lora" else r
+        assert factors.scaling == pytest.approx(alpha / divisor)
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert torch.equal(output(loaded, BATCH), output(model, BATCH))
+
+
+@every_method
+def test_rslora(method: str) -> None:
+    plain, stabilised = adapted(method, dtype=torch.float64), adapted(method, dtype=torch.float64, use_rslora=True)
+    rank = math.sqrt(1 * 3) if method == "dual_lora" else 4
+    x = torch.randn(2, h.HIDDEN, dtype=torch.float64)
+    for ours, theirs in zip(h.layers_of(plain).values(), h.layers_of(stabilised).values(), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(theirs.factors("default")(x), ours.factors("default")(x) * math.sqrt(rank))
+
+
+@every_method
+def test_dropout(method: str) -> None:
+    model, without = adapted(method, lora_dropout=0.5), adapted(method)
+    assert torch.equal(output(model, BATCH), output(without, BATCH))
+    model.train()
+    first, second = output(model, BATCH), output(model, BATCH)
+    assert not torch.allclose(first, second, atol=1e-3)
+    # On average, dropout changes nothing.
+    factors = next(iter(h.layers_of(model).values())).factors("default").train()
+    x = torch.randn(1, h.HIDDEN).expand(4000, -1)
+    with torch.no_grad():
+        mean = factors(x).mean(0)
+        factors.eval()
+        expected = factors(x[0])
+    assert (mean - expected).norm() < 0.15 * expected.norm()
+
+
+@every_plain
+def test_layers_to_transform(method: str, tmp_path: Path) -> None:
+    model = adapted(method, layers_to_transform=[0, 2, 4])
+    assert {layer_depth(name.removeprefix("base_model.model.")) for name in h.layers_of(model)} == {0, 2, 4}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(LLAMA.build(), tmp_path), BATCH), output(model, BATCH))
+
+
+@every_plain
+def test_target_selection(method: str, tmp_path: Path) -> None:
+    def names(**settings: Any) -> set[str]:
+        model = adapted(method, **settings)
+        return {name.removeprefix("base_model.model.model.") for name in h.layers_of(model)}
+
+    every = range(LAYERS)
+    listed = {f"layers.{i}.self_attn.{p}" for i in every for p in ("q_proj", "v_proj")}
+    assert names() == listed
+    assert names(target_modules=None) == listed
+    assert names(target_modules=r".*self_attn\.(q|v)_proj") == listed
+    assert names(exclude_modules=["layers.0.self_attn.q_proj"]) == listed - {"layers.0.self_attn.q_proj"}
+    assert names(target_modules=["q_proj"], layers_to_transform=3, layers_pattern="layers", **no_merges(method)) == {
+        "layers.3.self_attn.q_proj"
+    }
+    linear = {f"layers.{i}.self_attn.{p}_proj" for i in every for p in "qkvo"}
+    linear |= {f"layers.{i}.mlp.{p}_proj" for i in every for p in ("gate", "up", "down")}
+    assert names(target_modules="all-linear") == linear
+
+
+@every_plain
+def test_all_linear_as_second_adapter(method: str, tmp_path: Path) -> None:
+    model = adapted("masa-router")
+    loraplex.add_adapter(model, "second", config(method, target_modules="all-linear"))
+    ready(model, "second")
+    model.set_adapter("second")
+    expected = adapted(method, target_modules="all-linear")
+    assert torch.equal(output(model, BATCH), output(expected, BATCH))
+    assert len(h.adapter_parameters(model, "second")) == len(h.adapter_parameters(expected))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.build(), tmp_path / "second")
+    assert torch.equal(output(loaded, BATCH), output(model, BATCH))
+
+
+@every_method
+def test_config_round_trip(method: str, tmp_path: Path) -> None:
+    settings = config(method, lora_dropout=0.1, use_rslora=True, alpha_pattern={"q_proj": 3})
+    settings.save_pretrained(tmp_path)
+    read = type(settings).from_pretrained(tmp_path)
+    assert read.to_dict() == settings.to_dict()
+    assert read.target_modules == {"q_proj", "v_proj"}
+    first = (tmp_path / "adapter_config.json").read_bytes()
+    read.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == first
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("method", ["aslora", "dual_lora"])
+def test_explicit_step_advances_a_hidden_optimizer(method: str) -> None:
+    """`loraplex.step(model)` is for engines that hide optimizer and gradients; it must advance all the same."""
+    model = get_peft_model(LLAMA.build(), config(method))
+    fill(model)
+    for _ in range(4):
+        loraplex.step(model)
+    assert h.shared_state(model).finished()
+
+
+@pytest.mark.parametrize("method", ["aslora", "dual_lora"])
+def test_only_the_trained_adapter_advances(method: str) -> None:
+    model = get_peft_model(LLAMA.build(), config(method))
+    model.add_adapter("second", config(method))
+    model.set_adapter("second")
+    before = {k: v.clone() for k, v in model.state_dict().items() if ".default." in k}
+    train(model, BATCH, steps=4)
+    h.assert_same({k: v for k, v in model.state_dict().items() if ".default." in k}, before)
+    assert h.shared_state(model, "second").finished()
+
+
+# transformers' own adapter calls
+
+
+# PEFT tells so of every second adapter that transformers adds.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+@every_plain
+def test_transformers_native(method: str, tmp_path: Path) -> None:
+    model = LLAMA.build()
+    base = output(model, BATCH)
+    model.add_adapter(config(method), adapter_name="mine")
+    assert torch.equal(output(model, BATCH), base)
+    ready(model, "mine")
+    expected = output(model, BATCH)
+    assert torch.equal(expected, output(adapted(method), BATCH))
+    model.add_adapter(config(method), adapter_name="other")
+    ready(model, "other", seed=1)
+    model.set_adapter("other")
+    assert not torch.equal(output(model, BATCH), expected)
+    model.set_adapter("mine")
+    assert torch.equal(output(model, BATCH), expected)
+    model.disable_adapters()
+    assert torch.equal(output(model, BATCH), base)
+    model.enable_adapters()
+    model.save_pretrained(tmp_path)
+    fresh = LLAMA.build()
+    fresh.load_adapter(str(tmp_path), adapter_name="loaded")
+    assert torch.equal(output(fresh, BATCH), expected)
+    # The same file loads through PEFT.
+    assert torch.equal(output(PeftModel.from_pretrained(LLAMA.build(), tmp_path), BATCH), expected)
+    model.delete_adapter("other")
+    assert torch.equal(output(model, BATCH), expected)
+    assert not h.adapter_parameters(model, "other")
+
+
+@every_plain
+def test_bank_is_at_the_root_and_only_there(method: str) -> None:
+    model = adapted(method)
+    banks = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == BANK]
+    assert banks == ([] if method == "multilora" else [f"base_model.model.{BANK}"])

@@ -1,0 +1,140 @@
+"""Two processes under DistributedDataParallel train as one process does on the same global batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex.methods.aslora import AsLoraShared
+from loraplex.methods.dual_lora import DualLoraShared
+from loraplex.schedule import schedules
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+STEPS, BATCH, VOCAB = 7, 4, 32
+COMMON: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 12,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
+CASES: dict[str, Any] = {
+    "MULTILORA": lambda: MultiLoraConfig(**COMMON),
+    "MASA": lambda: MasaConfig(**COMMON, num_experts=2),
+    "ASLORA": lambda: AsLoraConfig(**COMMON, merge_start_step=1, merge_interval=2, num_merges=2),
+    "DUALLORA": lambda: DualLoraConfig(**COMMON, warmup_steps=5, init_std=0.3),
+}
+
+
+def adapted(method: str) -> PeftModel:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    model = get_peft_model(base, CASES[method]())
+    for name, shared in schedules(model):
+        if name == "default" and isinstance(shared, AsLoraShared):
+            # Clear distances: rounding must not decide which layers are merged.
+            for family in shared.families:
+                for layer in range(4):
+                    nn.init.constant_(shared.B(family, layer), 0.1 * layer**2)
+    return model
+
+
+def global_batch(step: int) -> Tensor:
+    return torch.randint(0, VOCAB, (BATCH, 6), generator=torch.Generator().manual_seed(step))
+
+
+def progress(model: nn.Module) -> Any:
+    shared = dict(schedules(model)).get("default")
+    if isinstance(shared, AsLoraShared):
+        return sorted(shared.merge_history()), shared.maps
+    return shared.warmup.tolist() if isinstance(shared, DualLoraShared) else None
+
+
+def train(method: str, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Losses, progress and adapter after a run; each rank takes its share of the same global batches."""
+    peft_model = adapted(method)
+    model: nn.Module = peft_model
+    if world > 1:
+        model = DistributedDataParallel(peft_model, find_unused_parameters=False)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    losses = []
+    for step in range(STEPS):
+        share = global_batch(step).chunk(world)[rank]
+        loss = model(input_ids=share, labels=share).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(peft_model).items()}
+    return {"losses": losses, "progress": progress(peft_model), "adapter": state}
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        torch.save({method: train(method, rank, world) for method in CASES}, Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes saw, for every method; one start of the processes serves all tests."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, args=(2, port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_two_processes_train_as_one(method: str, ranks: list[dict[str, Any]]) -> None:
+    alone = train(method)
+    for rank in ranks:
+        assert rank[method]["progress"] == alone["progress"]
+        torch.testing.assert_close(torch.tensor(rank[method]["losses"]), torch.tensor(alone["losses"]))
+        for key, value in alone["adapter"].items():
+            torch.testing.assert_close(rank[method]["adapter"][key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_both_processes_hold_the_same_adapter(method: str, ranks: list[dict[str, Any]]) -> None:
+    one, other = (rank[method]["adapter"] for rank in ranks)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_merges_and_warmup_happened(ranks: list[dict[str, Any]]) -> None:
+    """Steps went on after each merge, so a parameter without a gradient would have stopped the run."""
+    history, maps = ranks[0]["ASLORA"]["progress"]
+    assert [merge[0] for merge in history] == [3, 3, 5, 5]
+    assert all(mapped == [2, 2, 2, 3] for mapped in maps.values())
+    assert ranks[0]["DUALLORA"]["progress"] == [5, 5]

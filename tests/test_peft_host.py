@@ -1,0 +1,527 @@
+"""Each seam of PEFT, transformers and torch that loraplex relies on; after an upgrade these fail first.
+
+Every docstring names the seam and where the package leans on it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+import re
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from packaging.requirements import Requirement
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+from peft.utils.peft_types import PeftType, register_peft_method
+from torch import nn
+
+import helpers as h
+import loraplex
+from helpers import ARCHS, METHODS, PLAIN, adapted, config, output, ready
+from loraplex.layer import AdapterLinear
+from loraplex.model import AdapterModel, find_bank
+from loraplex.registry import add_peft_type
+from loraplex.sharing import BANK, FactorBank
+
+TYPES = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
+BATCH = ARCHS["llama"].inputs()
+
+
+# The registry
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_added_members_are_like_built_in_ones(name: str) -> None:
+    """Enumeration members can be added at run time (registry.add_peft_type)."""
+    member = PeftType(name)
+    assert member is PeftType[name] is getattr(PeftType, name)
+    assert isinstance(member, PeftType)
+    assert isinstance(member, str)
+    assert (member.name, member.value) == (name, name)
+    assert member == name
+    assert hash(member) == hash(name)
+    assert member in PeftType
+    assert member in list(PeftType)
+    assert list(PeftType).count(member) == 1
+    assert f"{member}" == f"{PeftType.LORA}".replace("LORA", name)
+    assert repr(member) == repr(PeftType.LORA).replace("LORA", name)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_added_members_survive_copy_pickle_and_json(name: str) -> None:
+    """Configs are deep-copied, pickled to worker processes and written as JSON with the type in them."""
+    member = PeftType(name)
+    assert copy.copy(member) is member
+    assert copy.deepcopy(member) is member
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(member, protocol)) is member
+    assert json.loads(json.dumps({"peft_type": member})) == {"peft_type": name}
+
+
+def test_unknown_types_are_still_refused() -> None:
+    """register_peft_method refuses names that are no member; without that check registry.py is not needed."""
+    with pytest.raises(KeyError):
+        PeftType["ABSENT"]
+    with pytest.raises(ValueError, match="ABSENT"):
+        PeftType("ABSENT")
+    with pytest.raises(ValueError, match=r"(?i)absent"):
+        register_peft_method(name="absent", config_cls=PeftConfig, model_cls=BaseTuner)
+
+
+def test_registering_twice_is_refused() -> None:
+    """PEFT keeps one class per type: a second import of the package under another path must not replace it."""
+    with pytest.raises(KeyError, match=r"(?i)masa"):
+        register_peft_method(name="masa", config_cls=loraplex.MasaConfig, model_cls=BaseTuner)
+    assert len(PeftType) == len({m.value for m in PeftType})
+
+
+def test_adding_a_type_that_exists_does_not_duplicate_it() -> None:
+    """A reload of the package, or a PEFT that brings the type itself, must not make a second member."""
+    before = list(PeftType)
+    try:
+        add_peft_type("LORA")
+    except ValueError as error:
+        assert "LORA" in str(error)  # noqa: PT017 - a refusal is as good as a no-op
+    assert list(PeftType) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tables_and_prefix(method: str) -> None:
+    """The prefix must be the type in lower case + "_": `load_adapter` and deleting look keys up by it."""
+    kind = config(method).peft_type
+    assert isinstance(kind, PeftType)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is type(config(method))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    assert issubclass(tuner, AdapterModel)
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == tuner.prefix == f"{kind.value.lower()}_"
+
+
+def test_config_fields_are_lora_config_s() -> None:
+    """Moving from LoRA is a change of the class name (config.AdapterConfig)."""
+    lora = set(inspect.signature(peft.LoraConfig).parameters)
+    common = {
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform",
+        "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
+    }  # fmt: skip
+    assert common <= lora
+    for kind in TYPES:
+        assert common <= set(inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]).parameters)
+
+
+def test_peft_config_reads_our_type_from_disk(tmp_path: Path) -> None:
+    """`PeftConfig.from_pretrained` on the base class finds our class by the type in the file (AutoPeftModel)."""
+    config("masa-sum").save_pretrained(tmp_path)
+    assert PeftConfig._get_peft_type(tmp_path) == "MASA"
+    read = PeftConfig.from_pretrained(tmp_path)
+    assert type(read) is loraplex.MasaConfig
+    assert read.expert_mixing == "sum"
+    assert isinstance(read.peft_type, PeftType)
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_configs_pickle_and_copy(method: str) -> None:
+    """Trainers copy and pickle configs; `_unproven` and the type must not get in the way."""
+    settings = config(method)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    assert copy.deepcopy(settings) == settings
+    assert json.dumps(settings.to_dict())
+
+
+# Private names
+
+
+def test_private_names_exist() -> None:
+    """Private functions that src imports or overrides; a rename in PEFT shows here, with its place in src."""
+    places = {
+        "layer.py": ["_get_in_out_features", "check_adapters_to_merge"],
+        "model.py": ["_filter_state_dict_by_key_prefixes", "_get_tuner_state_dict_key_prefixes"],
+    }
+    for names in places.values():
+        for name in names:
+            assert callable(getattr(tuners_utils, name))
+    overridden = {
+        BaseTuner: [
+            "inject_adapter", "_create_and_replace", "merge_adapter", "_unload_and_optionally_merge",
+            "delete_adapter", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load",
+        ],
+        BaseTunerLayer: [
+            "_move_adapter_to_device_of_base_layer", "_get_base_layer_device_and_dtype", "_cast_input_dtype",
+            "_get_available_adapters", "set_adapter", "delete_adapter", "get_base_weight", "set_base_weight",
+            "supports_lora_conversion",
+        ],
+    }  # fmt: skip
+    for owner, names in overridden.items():
+        for name in names:
+            assert callable(getattr(owner, name)), name
+
+
+@pytest.mark.parametrize(
+    ("ours", "name"),
+    [
+        (AdapterModel, "inject_adapter"),
+        (AdapterModel, "_create_and_replace"),
+        (AdapterModel, "merge_adapter"),
+        (AdapterModel, "_unload_and_optionally_merge"),
+        (AdapterModel, "_get_adapter_state_dict"),
+        (AdapterModel, "_remap_adapter_state_dict_for_load"),
+        (AdapterModel, "delete_adapter"),
+        (AdapterLinear, "merge"),
+        (AdapterLinear, "unmerge"),
+        (FactorBank, "merge"),
+        (FactorBank, "delete_adapter"),
+        (FactorBank, "_move_adapter_to_device_of_base_layer"),
+        (AdapterLinear, "_move_adapter_to_device_of_base_layer"),
+    ],
+)
+def test_overrides_keep_peft_s_parameters(ours: type, name: str) -> None:
+    """PEFT calls these by keyword; a new parameter of PEFT's must be taken up in the override."""
+    theirs = BaseTuner if issubclass(ours, BaseTuner) else BaseTunerLayer
+    assert set(inspect.signature(getattr(theirs, name)).parameters) <= set(
+        inspect.signature(getattr(ours, name)).parameters
+    )
+
+
+def test_pattern_key() -> None:
+    """rank_pattern and alpha_pattern are matched by PEFT's `get_pattern_key` (config.AdapterConfig.rank)."""
+    assert get_pattern_key(["q_proj", r".*\.1\..*v_proj"], "model.layers.1.v_proj") == r".*\.1\..*v_proj"
+    assert get_pattern_key(["q_proj"], "model.layers.1.self_attn.q_proj") == "q_proj"
+    assert get_pattern_key(["q_proj"], "model.layers.1.self_attn.v_proj") == "model.layers.1.self_attn.v_proj"
+
+
+# Injection
+
+
+def test_hooks_run_for_the_first_adapter_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why sharing is tied in `AdapterModel.inject_adapter` and not in PEFT's hooks: a second adapter skips those."""
+    calls = []
+    for hook in ("_pre_injection_hook", "_post_injection_hook"):
+        monkeypatch.setattr(BaseTuner, hook, lambda *_, hook=hook: calls.append(hook))
+    model = get_peft_model(ARCHS["llama"].build(), config("masa-sum"))
+    first = len(calls)
+    model.add_adapter("second", config("masa-sum"))
+    assert first > 0
+    assert len(calls) == first
+    assert h.shared_state(model, "second") is not None
+
+
+def test_casts_split_registered_aliases_but_not_the_bank() -> None:
+    """`cast_adapter_dtype` reassigns parameters layer by layer: why layers look shared factors up (sharing.py)."""
+    base = ARCHS["llama"].build().to(torch.bfloat16)
+    model = get_peft_model(base, config("masa-sum"), autocast_adapter_dtype=False)
+    bank = find_bank(model)
+    before = dict(bank.shared("default").named_parameters())
+    assert {p.dtype for p in before.values()} == {torch.bfloat16}
+    tuners_utils.cast_adapter_dtype(model, "default")
+    after = dict(bank.shared("default").named_parameters())
+    assert all(after[name] is not before[name] for name in before)
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    for layer in h.layers_of(model).values():
+        assert any(layer.factors("default").lora_A is p for p in after.values())
+
+
+def test_all_linear_finds_adapted_layers_by_class_name() -> None:
+    """ "all-linear" on an adapted model looks for "Linear" in the class name (layer.AdapterLinear)."""
+    assert "Linear" in AdapterLinear.__name__
+    model = adapted("multilora")
+    tuner = model.base_model
+    settings = tuners_utils._maybe_include_all_linear_layers(
+        config("multilora", target_modules="all-linear"), tuner.model
+    )
+    assert not any("multilora_" in name or "base_layer" in name or BANK in name for name in settings.target_modules)
+    assert "model.layers.0.self_attn.q_proj" in settings.target_modules
+    assert "model.layers.0.mlp.up_proj" in settings.target_modules
+
+
+def test_default_targets_are_lora_s() -> None:
+    """`target_modules=None` uses PEFT's table for LoRA (model.AdapterModel.target_module_mapping)."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    for arch in ("llama", "qwen2", "gpt2", "opt", "roberta", "deberta", "t5"):
+        model = ARCHS[arch].build()
+        assert TABLE[model.config.model_type]
+        names = {
+            name.rpartition(".")[2]
+            for name in h.layers_of(get_peft_model(model, config("multilora", target_modules=None)))
+        }
+        assert names == set(TABLE[model.config.model_type])
+
+
+def test_inject_twice_keeps_one_bank() -> None:
+    """The bank is found again as a child of the adapted model, under any number of adapters (sharing.link)."""
+    model = adapted("masa-sum")
+    loraplex.add_adapter(model, "second", config("aslora"))
+    loraplex.add_adapter(model, "third", config("masa-concat"))
+    assert sum(isinstance(m, FactorBank) for m in model.modules()) == 1
+    assert {name for name, _ in find_bank(model).named_shared()} == {"default", "second", "third"}
+
+
+# Keys
+
+
+@pytest.mark.parametrize("adapter", ["default", "lora_A", "q_proj", "weird-name"])
+@pytest.mark.parametrize("method", PLAIN)
+def test_adapter_name_leaves_every_key(method: str, adapter: str, tmp_path: Path) -> None:
+    """`_remove_adapter_name_from_key` finds the name before the last dot: why the bank's names are flat."""
+    model = get_peft_model(ARCHS["llama"].build(), config(method), adapter_name=adapter)
+    ready(model, adapter)
+    model.eval().save_pretrained(tmp_path, selected_adapters=[adapter])
+    folder = tmp_path if adapter == "default" else tmp_path / adapter
+    keys = set(h.file_tensors(folder))
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config(method).peft_type]
+    for key in keys:
+        assert f".{adapter}." not in key.replace(".self_attn.q_proj.", ".")
+        assert not key.endswith(f".{adapter}") or adapter == "lora_A"
+    mine = [key for key in model.state_dict() if f"_factors.{adapter}." in key or f"_shared.{adapter}." in key]
+    assert len(mine) == len({tuner._remove_adapter_name_from_key(key, adapter) for key in mine})
+    loaded = PeftModel.from_pretrained(ARCHS["llama"].build(), folder, adapter_name="other")
+    assert torch.equal(output(loaded, BATCH), output(model, BATCH))
+
+
+def test_another_adapter_s_keys_stay_out(tmp_path: Path) -> None:
+    """Keys of other adapters are filtered by ".<name>." (`_filter_state_dict_for_adapter_name`)."""
+    model = adapted("aslora")
+    for name, method in {"second": "aslora", "third": "masa-router", "fourth": "dual_lora"}.items():
+        loraplex.add_adapter(model, name, config(method))
+        ready(model, name, seed=ord(name[0]))
+    model.save_pretrained(tmp_path)
+    for name in ("second", "third", "fourth"):
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(ARCHS["llama"].build(), tmp_path / name)
+        assert torch.equal(output(loaded.eval(), BATCH), output(model.eval(), BATCH))
+        foreign = {"aslora", "masa", "duallora"} - {loaded.peft_config["default"].method.lower()}
+        assert not any(mark + "_" in key for key in h.file_tensors(tmp_path / name) for mark in foreign)
+
+
+def test_missing_keys_after_loading(tmp_path: Path) -> None:
+    """`load_adapter` reports missing keys by prefix and adapter name; there are none."""
+    for method in PLAIN:
+        adapted(method).save_pretrained(tmp_path / method)
+        model = get_peft_model(ARCHS["llama"].build(), config(method))
+        result = model.load_adapter(tmp_path / method, "again")
+        assert result.missing_keys == []
+        assert result.unexpected_keys == []
+
+
+def test_tuner_keys_are_found_structurally() -> None:
+    """`_get_tuner_state_dict_key_prefixes` visits tuner layers; the bank must count as one (sharing.FactorBank)."""
+    model = adapted("aslora")
+    prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name="default")
+    assert f"base_model.model.{BANK}.aslora_shared.default" in prefixes
+    assert not any("base_layer" in prefix for prefix in prefixes)
+
+
+# Status, switching, deleting
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_layer_and_model_status(method: str) -> None:
+    """`get_layer_status` / `get_model_status` read every tuner layer, the bank among them."""
+    model = adapted(method)
+    loraplex.add_adapter(model, "second", config("masa-sum"))
+    status = model.get_model_status()
+    assert status.adapter_model_type.upper().startswith(type(model.base_model).__name__.upper()[:4])
+    assert status.enabled is True
+    assert status.active_adapters == ["default"]
+    assert status.merged_adapters == []
+    assert set(status.available_adapters) == {"default", "second"}
+    assert status.requires_grad == {"default": True, "second": False}
+    assert set(status.devices) == {"default", "second"}
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
+    model.set_adapter("second")
+    assert model.get_model_status().requires_grad == {"default": False, "second": True}
+    model.set_adapter("default")
+    if method != "masa-router":
+        model.merge_adapter()
+        assert model.get_model_status().merged_adapters == ["default"]
+        model.unmerge_adapter()
+        assert model.get_model_status().merged_adapters == []
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
+    layers = model.get_layer_status()
+    assert len([status for status in layers if BANK not in status.name]) == len(h.layers_of(model))
+
+
+@pytest.mark.parametrize("method", ["aslora", "masa-sum", "dual_lora"])
+def test_status_after_merging_and_disabling(method: str) -> None:
+    """A layer unmerges itself when it runs disabled; the bank's record must follow, or PEFT calls it irregular."""
+    model = adapted(method)
+    model.merge_adapter()
+    with model.disable_adapter():
+        output(model, BATCH)
+    assert model.get_model_status().merged_adapters == []
+    loraplex.add_adapter(model, "second", config(method))
+    model.delete_adapter("second")
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_inference_mode_freezes(method: str) -> None:
+    """`set_adapter(inference_mode=True)` reaches the bank through `BaseTunerLayer.set_adapter`."""
+    model = adapted(method)
+    loraplex.add_adapter(model, "second", config(method))
+    model.set_adapter("second", inference_mode=True)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.set_adapter("second")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(h.adapter_parameters(model, "second"))
+    model.set_requires_grad(["default", "second"], requires_grad=False)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["aslora", "masa-router", "dual_lora"])
+def test_deleting_reaches_the_bank(method: str) -> None:
+    """PEFT's `delete_adapter` skips modules whose name holds the tuner's prefix: the bank's must not."""
+    model = adapted(method)
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[config(method).peft_type] not in BANK
+    model.add_adapter("second", config(method))
+    model.delete_adapter("second")
+    assert h.shared_state(model, "second") is None
+    assert h.shared_state(model) is not None
+
+
+def test_bank_adapts_nothing() -> None:
+    """PEFT asks tuner layers for a base layer, a bias and a weight; the bank has none."""
+    model = adapted("masa-sum")
+    bank = find_bank(model)
+    assert not hasattr(bank, "base_layer")
+    assert bank.bias is None
+    x = torch.randn(2)
+    assert bank(x) is x
+    assert not any(name.startswith(BANK) for name in model.base_model.targeted_module_names)
+    other = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config("masa-sum", target_modules=["0", "1"])
+    )
+    assert other(torch.randn(2, 4)).shape == (2, 4)
+
+
+def test_adapter_names_reach_the_layers() -> None:
+    """`PeftModel.forward` strips `adapter_names` and calls `_enable_peft_forward_hooks` of the tuner (model.py)."""
+    assert "adapter_names" in PeftModel(h.Mlp(), config("multilora", target_modules=["up"])).special_peft_forward_args
+    assert "_enable_peft_forward_hooks" in inspect.getsource(PeftModel._enable_peft_forward_hooks)
+    assert "adapter_names" in inspect.signature(ModulesToSaveWrapper.forward).parameters or "adapter_names" in (
+        inspect.getsource(AuxiliaryTrainingWrapper.forward)
+    )
+
+
+def test_only_one_type_per_model_in_plain_peft() -> None:
+    """`PeftModel.add_adapter` compares types with the first adapter's: why `loraplex.add_adapter` exists."""
+    model = adapted("masa-sum")
+    kind = model.peft_type
+    with pytest.raises(ValueError, match=r"(?i)type"):
+        model.add_adapter("second", config("aslora"))
+    loraplex.add_adapter(model, "second", config("aslora"))
+    assert model.peft_type == kind
+
+
+# Base layers
+
+
+def test_base_layer_shapes() -> None:
+    """`_get_in_out_features` knows nn.Linear and Conv1D (layer.AdapterLinear)."""
+    from transformers.pytorch_utils import Conv1D
+
+    assert tuners_utils._get_in_out_features(nn.Linear(3, 5)) == (3, 5)
+    assert tuple(tuners_utils._get_in_out_features(Conv1D(5, 3))) == (3, 5)
+
+
+def test_base_weight_access() -> None:
+    """Merging reads and writes through `get_base_weight` / `set_base_weight` (layer.AdapterLinear.merge)."""
+    layer = next(iter(h.layers_of(adapted("multilora")).values()))
+    weight = layer.get_base_weight()
+    assert torch.equal(weight, layer.base_layer.weight)
+    parameter = layer.base_layer.weight
+    layer.set_base_weight(weight + 1)
+    assert layer.base_layer.weight is parameter
+    assert torch.equal(parameter, layer.get_base_weight())
+
+
+def test_lora_conversion_is_not_claimed_wrongly() -> None:
+    """PEFT's `convert_to_lora` uses an SVD where a layer says that it can be converted."""
+    model = adapted("masa-router")
+    assert model.supports_lora_conversion() in (True, False)
+    assert all(
+        layer.supports_lora_conversion("default") is BaseTunerLayer.supports_lora_conversion(layer, "default")
+        or type(layer).supports_lora_conversion is not BaseTunerLayer.supports_lora_conversion
+        for layer in h.layers_of(model).values()
+    )
+
+
+# Optimizers and callbacks
+
+
+def test_step_hook_fires_once_per_step() -> None:
+    """`register_optimizer_step_post_hook` sees every optimizer, LBFGS included (schedule.py)."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    seen: list[torch.optim.Optimizer] = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+    try:
+        weight = nn.Parameter(torch.ones(2))
+        for make in (torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS):
+            optimizer = make([weight], lr=0.1)
+
+            def closure(optimizer: torch.optim.Optimizer = optimizer) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = (weight**2).sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            assert seen == [optimizer]
+            seen.clear()
+    finally:
+        handle.remove()
+
+
+def test_skipped_step_is_not_seen() -> None:
+    """A gradient scaler that skips a step does not call the optimizer: the schedule must not advance."""
+    model = get_peft_model(ARCHS["llama"].build(), config("dual_lora")).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(**BATCH).loss * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert h.shared_state(model).warmup.tolist()[0] == 0
+    optimizer.zero_grad()
+    scaler.scale(model(**BATCH).loss).backward()
+    scaler.step(optimizer)
+    assert h.shared_state(model).warmup.tolist()[0] == 1
+
+
+def test_dead_models_are_not_watched() -> None:
+    """Schedules are held weakly: a deleted model is no longer stepped or warned about (schedule.py)."""
+    import gc
+
+    from loraplex import schedule
+
+    gc.collect()
+    before = len(schedule._scheduled)
+    model = get_peft_model(ARCHS["llama"].build(), config("dual_lora"))
+    assert len(schedule._scheduled) == before + 1
+    del model
+    gc.collect()
+    assert len(schedule._scheduled) == before
+
+
+def test_callback_events() -> None:
+    """The callback answers to events of transformers' Trainer by these names (schedule.ScheduleCallback)."""
+    from transformers import TrainerCallback
+
+    for event in ("on_train_begin", "on_step_end"):
+        ours, theirs = getattr(loraplex.ScheduleCallback, event), getattr(TrainerCallback, event)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
+def test_versions() -> None:
+    """The installed PEFT lies in the range that the package declares and was tested with."""
+    needed = next(Requirement(r) for r in requires("loraplex") or [] if Requirement(r).name == "peft")
+    assert version("peft") in needed.specifier
+    assert re.match(r"\d+\.\d+", peft.__version__)
