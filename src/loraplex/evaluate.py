@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from loraplex.training.encode import Answer, encode_answers, encode_texts
+from loraplex.training.progress import progress
 
 if TYPE_CHECKING:
     from loraplex.training.data import Task
@@ -76,7 +76,7 @@ class Evaluator:
 
     def _classification(self, model: nn.Module, desc: str) -> Metrics:
         logits, labels = [], []
-        with tqdm(desc=desc, unit="example", **_bar(len(self._texts))) as bar:
+        with progress(desc, len(self._texts), "example") as bar:
             for start in range(0, len(self._texts), self.batch_size):
                 rows = self._texts[start : start + self.batch_size]
                 inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
@@ -143,7 +143,7 @@ def log_likelihoods(
     sums = torch.zeros(number, dtype=torch.float64)
     passes.sort(key=lambda p: len(p.tokens), reverse=True)
     vocabulary = _base(model).get_input_embeddings().weight.shape[0]
-    with tqdm(desc=desc, unit="pass", **_bar(len(passes))) as bar:
+    with progress(desc, len(passes), "pass") as bar:
         for batch in _batches(passes, batch_size, vocabulary):
             for index, values in _score(model, batch, pad):
                 sums.index_add_(0, index, values)
@@ -207,8 +207,3 @@ def _base(model: nn.Module) -> Any:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _bar(total: int) -> dict[str, Any]:
-    # delay: an evaluation that takes no time needs no bar.
-    return {"total": total, "leave": False, "dynamic_ncols": True, "delay": 1}

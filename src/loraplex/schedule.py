@@ -11,7 +11,9 @@ belongs to training (ASLoRA's running averages) is in `optimizer.state[parameter
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -27,7 +29,8 @@ from loraplex.sharing import FactorBank, SharedFactors
 
 logger = logging.getLogger(__name__)
 
-StateOf = Callable[[nn.Parameter], dict[str, Any]]
+StateOf = Callable[[nn.Parameter], "dict[str, Any] | None"]
+Stepped = Callable[[nn.Parameter], bool]
 
 _MISSED_STEPS = 3
 """Foreign optimizer steps, each after a backward pass through an adapter, that prove its own optimizer is hidden."""
@@ -42,11 +45,15 @@ class Scheduled(SharedFactors):
 
     def __init__(self, *args: Any) -> None:
         self.total_steps: int | None = None
-        self.steps_seen = 0
         self._backwards = self._missed = 0
         self._private_state: dict[str, dict[str, Any]] = {}
+        self._follow_nothing()
         super().__init__(*args)
         _scheduled.add(self)
+
+    def _follow_nothing(self) -> None:
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._watched: Callable[[], nn.Parameter | None] = lambda: None
 
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
@@ -57,8 +64,13 @@ class Scheduled(SharedFactors):
         return any(p.requires_grad for p in self.trained())
 
     @abstractmethod
-    def advance(self, state_of: StateOf) -> None:
-        """One optimizer step was taken. `state_of(parameter)` is the optimizer's state of a parameter."""
+    def advance(self, state_of: StateOf, stepped: Stepped) -> None:
+        """One optimizer step was taken.
+
+        Args:
+            state_of: the optimizer's state of a parameter, None if no optimizer is known to hold it.
+            stepped: whether the optimizer that took the step holds a parameter; a run may have several.
+        """
 
     @abstractmethod
     def last_step(self) -> int | None:
@@ -87,9 +99,16 @@ class Scheduled(SharedFactors):
                 "before training, or give steps as integers."
             )
         self._backwards = self._missed = 0
-        self.steps_seen += 1
         with torch.no_grad():
-            self.advance(self._own_state if optimizer is None else optimizer.state.__getitem__)
+            if optimizer is None:
+                self.advance(self._own_state, lambda _: True)
+            else:
+                self._optimizers.add(optimizer)
+                held = _held(optimizer)
+                self.advance(self._optimizer_state, lambda parameter: id(parameter) in held)
+
+    def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        return next((o.state[parameter] for o in self._optimizers if id(parameter) in _held(o)), None)
 
     def _own_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         name = next(name for name, p in self.named_parameters() if p is parameter)
@@ -102,10 +121,10 @@ class Scheduled(SharedFactors):
         """Switch modes; when training begins, watch for backward passes through the first trained parameter."""
         witness = self.trained()[0]
         # Here and not at creation: casts, loading and sharding put new parameters in place before training begins.
-        if mode and witness.requires_grad and not hasattr(witness, "_loraplex_watched"):
+        if mode and witness.requires_grad and self._watched() is not witness:
             me = weakref.ref(self)
             witness.register_post_accumulate_grad_hook(lambda _: _count_backward(me()))
-            witness._loraplex_watched = True  # type: ignore[attr-defined]
+            self._watched = weakref.ref(witness)
         return super().train(mode)
 
     def _backward_seen(self) -> None:
@@ -123,16 +142,22 @@ class Scheduled(SharedFactors):
 
     def _raise_hidden(self, evidence: str) -> None:
         self._backwards = self._missed = 0
-        if not self.finished():
+        # Only now, since it looks at every object there is: an optimizer that has yet to step is no hidden one.
+        waiting = any(issubclass(type(o), Optimizer) and _holds(o, self) for o in gc.get_objects())
+        if not waiting and not self.finished():
             raise RuntimeError(
                 f"The schedule ({self.describe()}) never advances: {evidence}, but no optimizer that holds the "
                 "adapter's parameters was seen to step. Remedy: pass callbacks=[loraplex.ScheduleCallback()] to the "
                 "trainer, or call loraplex.step(model) after every optimizer step."
             )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
         # A copied or unpickled adapter follows optimizers of its own.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_watched")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._follow_nothing()
         _scheduled.add(self)
 
 
@@ -148,11 +173,21 @@ def _after_optimizer_step(optimizer: Optimizer, *_: Any) -> None:
     if found_inf is not None and found_inf.item():
         # A fused optimizer skips the step itself when the gradient scaler has found an overflow.
         return
+    if all(group["lr"] == 0 for group in optimizer.param_groups) and _is_initialising():
+        return
     for shared in list(_scheduled):
         if _holds(optimizer, shared):
             shared.step(optimizer)
         else:
             shared.missed()
+
+
+def _is_initialising() -> bool:
+    """Whether torch takes a step without effect, to have an optimizer's state to load a distributed checkpoint into."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
@@ -195,8 +230,12 @@ def set_total_steps(model: nn.Module, total_steps: int) -> None:
             )
 
 
+def _held(optimizer: Any) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _holds(optimizer: Any, shared: Scheduled) -> bool:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = _held(optimizer)
     return any(p.requires_grad and id(p) in held for p in shared.trained())
 
 

@@ -647,4 +647,3 @@ def test_an_optimizer_of_another_model_is_no_concern():
     for _ in range(20):
         other(torch.ones(1, 2)).sum().backward()
         optimizer.step()
-    assert layer(model, 0).factors("default").shared.steps_seen == 0

@@ -23,15 +23,15 @@ from torch.nn.functional import linear
 from loraplex.config import AdapterConfig, check_choice, check_count, check_steps
 from loraplex.layer import Factors, kaiming_
 from loraplex.model import AdapterModel
-from loraplex.schedule import Scheduled, StateOf
+from loraplex.schedule import Scheduled, StateOf, Stepped
 from loraplex.sharing import Member, read
 
 logger = logging.getLogger(__name__)
 
 
 def update_average(average: Tensor, B: Tensor, t: int) -> Tensor:
-    """B̄ᵗ = B̄ᵗ⁻¹ + (Bᵗ − B̄ᵗ⁻¹)/t in place, float32 (eq. 3, incrementally)."""
-    return average.add_((B.float() - average) / t)
+    """B̄ᵗ = B̄ᵗ⁻¹ + (Bᵗ − B̄ᵗ⁻¹)/t in float32 (eq. 3, incrementally)."""
+    return average + (B.float() - average) / t
 
 
 def _stored_average(state: dict[str, Any], B: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ class AsLoraShared(Scheduled):
     def _merges_left(self, family: str) -> int:
         return self.num_merges(family) - (len(self.maps[family]) - len(self.owners(family)))
 
-    def advance(self, state_of: StateOf) -> None:
+    def advance(self, state_of: StateOf, stepped: Stepped) -> None:
         start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
         for family in self.families:
-            if self._merges_left(family) > 0:
+            if self._merges_left(family) > 0 and stepped(self.B(family, self.owners(family)[0])):
                 averages, t = self._update_averages(family, state_of)
                 if len(averages) > 1 and merge_due(t, start, interval):  # type: ignore[arg-type]
                     self._merge(family, averages, t, state_of)
@@ -155,10 +155,16 @@ class AsLoraShared(Scheduled):
         for layer in self.owners(family):
             B = self.B(family, layer)
             state = state_of(B)
-            if not state and B.grad is None:
+            if state is None or (not state and B.grad is None):
                 # Optimizers initialise a parameter's state at its first gradient, and only if it is empty.
                 continue
             t = state["aslora_steps"] = state.get("aslora_steps", 0) + 1
+            if t == 1 and len(self.owners(family)) < len(self.maps[family]) and layer == self.owners(family)[0]:
+                logger.warning(
+                    "%s was merged in an earlier run, but its averages start anew: to continue that run exactly, load "
+                    "the optimizer's state too.",
+                    family,
+                )
             averages[layer] = update_average(_stored_average(state, B), B, t)
             # Loading a state dict casts every entry to its parameter's dtype, but for the key "step".
             state["aslora_average"] = averages[layer] if B.dtype.itemsize >= 4 else {"step": averages[layer]}
@@ -172,8 +178,9 @@ class AsLoraShared(Scheduled):
         merges[0] = torch.tensor(mapped)
         merges[1, lower] = t
         self.maps[family] = mapped
+        gone = state_of(self.B(family, lower)) or {}
         for key in ("aslora_average", "aslora_steps"):
-            del state_of(self.B(family, lower))[key]
+            gone.pop(key, None)
         logger.info("ASLoRA step %d: %s layer %d now reads layer %d's B", t, family, lower, upper)
 
     # Saving and loading

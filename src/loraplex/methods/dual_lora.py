@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from loraplex.config import AdapterConfig, check_count, check_number, check_steps
 from loraplex.layer import Factors
 from loraplex.model import AdapterModel
-from loraplex.schedule import Scheduled, StateOf
+from loraplex.schedule import Scheduled, StateOf, Stepped
 from loraplex.sharing import Member, read
 
 
@@ -60,8 +60,8 @@ class DualLoraShared(Scheduled):
     def describe(self) -> str:
         return f"warmup_steps={self.config.warmup_steps}"
 
-    def advance(self, state_of: StateOf) -> None:
-        if not self.finished():
+    def advance(self, state_of: StateOf, stepped: Stepped) -> None:
+        if stepped(self.trained()[0]) and not self.finished():
             self.warmup[0] += 1
             self.warmup[1] = self.last_step() or 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraplex.training.metrics import MetricsLog
+from loraplex.training.progress import progress
 
 # TRL counts tokens from zero again after a resume; the Trainer's own count is saved with the checkpoint.
 _TRAIN_KEYS = {
@@ -56,14 +56,8 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="train",
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file needs few lines
-            )
+            start = {"initial": state.global_step, "leave": True, "delay": 0.0}
+            self.bar = progress("train", state.max_steps, "step", **start)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:

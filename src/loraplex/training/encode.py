@@ -6,13 +6,14 @@ where the answer is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from loraplex.training.progress import progress
 
 _CHUNK = 256  # examples per call of the tokenizer
 
@@ -33,7 +34,7 @@ class Answer:
 def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_length: int, desc: str) -> list[list[Answer]]:
     """For each row the right answer, ended as the model should end it, and then its `choices`, not ended."""
     encoded: list[list[Answer]] = []
-    with tqdm(total=len(rows), desc=desc, unit="example", leave=False, dynamic_ncols=True, delay=1) as bar:
+    with progress(desc, len(rows), "example") as bar:
         for chunk in _chunks(rows):
             encoded += _encode_chunk(tokenizer, chunk, max_length)
             bar.update(len(chunk))
@@ -138,8 +139,3 @@ def _cut(answer: Answer, room: int, max_length: int) -> Answer:
         tokens = tokens[:head] + tokens[start - (room - head) :]
         start = room
     return Answer(tokens[:max_length], start)
-
-
-def longest(answers: Iterable[list[Answer]]) -> int:
-    """Tokens of the longest encoded example."""
-    return max((len(answer.tokens) for group in answers for answer in group), default=0)

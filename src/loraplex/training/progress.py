@@ -1,0 +1,18 @@
+"""Progress bars, all alike."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(desc: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
+    """A bar on stderr that is short-lived by default: it shows after a second, and goes when done."""
+    # Left to measure a terminal that does not know its size, tqdm draws nothing.
+    width = min(shutil.get_terminal_size().columns, 120)
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs few lines
+    settings = {"leave": False, "delay": 1.0, "ncols": width, "nrows": 20, "mininterval": interval, **options}
+    return tqdm(desc=desc, total=total, unit=unit, **settings)
