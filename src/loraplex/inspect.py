@@ -46,7 +46,7 @@ class SharedRow:
 
 @dataclass(frozen=True)
 class Merge:
-    """One of ASLoRA's merges: after `step`, `layer` reads the B of `reads`."""
+    """One of ASLoRA's merges: at `step`, `layer` gave up its B; it reads the B of `reads` now."""
 
     step: int
     family: str

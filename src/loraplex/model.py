@@ -196,6 +196,7 @@ class AdapterModel(BaseTuner):
     ) -> dict[str, Tensor]:
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for prefix, shared in _shared_with_prefix(model, adapter_name):
+            shared.before_save(adapter_name)
             for name in shared.stale_parameters():
                 entries.pop(prefix + name, None)
         return entries

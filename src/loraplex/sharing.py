@@ -57,6 +57,9 @@ class SharedFactors(nn.Module):
         """Names of parameters that no layer reads any more; they are not saved."""
         return []
 
+    def before_save(self, adapter_name: str) -> None:
+        """Called when the adapter is about to be written."""
+
     def fill_stale(self, prefix: str, state: dict[str, Tensor]) -> None:
         """Add to `state`, read from a file, what `stale_parameters` left out. Keys are `prefix` + parameter name."""
 

@@ -185,6 +185,18 @@ class AsLoraShared(Scheduled):
 
     # Saving and loading
 
+    def before_save(self, adapter_name: str) -> None:
+        # A run that is shorter than its schedule ends here, and nobody else would say so.
+        if self.is_trained() and self._optimizers and not self.finished():
+            left = max(self._merges_left(family) for family in self.families)
+            logger.warning(
+                "Adapter %r is saved with up to %d of its merges per family still to come (%s, the last at step %s).",
+                adapter_name,
+                left,
+                self.describe(),
+                self.last_step(),
+            )
+
     def stale_parameters(self) -> list[str]:
         return [
             f"{family}__lora_B_{layer}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -72,7 +73,9 @@ class ProgressLine(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix(refresh=False, loss=f"{logs['loss']:.4f}", lr=f"{logs.get('learning_rate', 0):.2e}")
+            self.bar.set_postfix(
+                refresh=sys.stderr.isatty(), loss=f"{logs['loss']:.4f}", lr=f"{logs.get('learning_rate', 0):.2e}"
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
