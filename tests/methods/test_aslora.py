@@ -5,7 +5,7 @@ Most cases are scripted: layers of 1×1 weights (or 1×2), whose B's an SGD step
 
 import pytest
 import torch
-from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, layer, leaf, matvec, randomize
+from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, leaf, matvec, randomize
 from peft import get_peft_model
 from torch import nn
 

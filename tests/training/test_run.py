@@ -1,113 +1,20 @@
-"""Whole runs of the command on tiny models: train, stop, resume, evaluate, merge, inspect."""
+"""Whole runs of the command on tiny models: train, evaluate, merge, inspect."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from runs import METHODS, entry, rows, write_run
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplex.cli import main
-from loraplex.training.callbacks import ProgressLine
-
-METHODS = {
-    "masa": {"expert_mixing": "router"},
-    "aslora": {"merge_start_step": 2, "merge_interval": 3, "num_merges": 2},
-    "dual_lora": {"warmup_steps": 6},
-    "multilora": {},
-    "lora": {},
-}
-WORDS = ["<pad>", "<eos>", "<unk>", "user", "assistant", ":", "good", "bad", "dull", "bright"]
-WORDS += ["film", "review", "is", "the", "very", "."]
-CHAT = (
-    "{% for m in messages %}{{ m.role }} : {{ m.content }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant : {% endif %}"
-)
-
-
-def tokenizer(chat: bool) -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    fast.chat_template = CHAT if chat else None
-    return fast
-
-
-@pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
-    """A folder with a tiny Llama, a tiny Bert, and reviews that are good if they say "bright"."""
-    room = tmp_path_factory.mktemp("room")
-    torch.manual_seed(0)
-    size = {"vocab_size": len(WORDS), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    LlamaForCausalLM(
-        LlamaConfig(
-            **size, num_hidden_layers=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None
-        )
-    ).save_pretrained(room / "llama")
-    tokenizer(chat=True).save_pretrained(room / "llama")
-    BertModel(BertConfig(**size, num_hidden_layers=2, pad_token_id=0)).save_pretrained(room / "bert")
-    tokenizer(chat=False).save_pretrained(room / "bert")
-    for name, seed in (("reviews", 0), ("more", 1)):
-        draw = random.Random(seed)
-        rows = []
-        for _ in range(80):
-            good = draw.random() < 0.5
-            words = [draw.choice(["the", "film", "very", "is", "."]) for _ in range(draw.randint(4, 14))]
-            words.insert(draw.randint(0, len(words)), "bright" if good else "dull")
-            rows.append({"text": " ".join(words), "label": "good" if good else "bad"})
-        (room / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return room
-
-
-def entry(room: Path, name: str = "reviews", **fields) -> dict:
-    templates = {"prompt": "review : {text}", "response": "{label}", "labels": {"good": "good", "bad": "bad"}}
-    return {"path": str(room / f"{name}.jsonl"), **templates, "eval_size": 16, **fields}
-
-
-def write_run(room: Path, output_dir: Path, method: str, **changes) -> Path:
-    train = {"max_steps": 12, "learning_rate": 5e-3, "eval_steps": 5, "save_steps": 4, "weight_decay": 0.1}
-    run = {
-        "model": str(room / "llama"),
-        "method": method,
-        "adapter": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **METHODS[method]},
-        "data": [entry(room)],
-        "train": {**train, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"},
-        "output_dir": str(output_dir),
-    }
-    path = output_dir.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump({**run, **changes}))
-    return path
-
-
-def rows(output_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(found: list[dict]) -> list[dict]:
-    return [row for row in found if row["event"] != "end"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -161,109 +68,6 @@ def test_train_evaluate_merge_inspect(room, tmp_path, method, capsys):
 
 def distance(one: torch.nn.Module, other: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return (one(ids).logits - other(ids).logits).norm()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_interrupted_run_continues_bit_for_bit(room, tmp_path, method, monkeypatch, capfd):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    changes = {"train": {"max_steps": 16, "eval_steps": 5, "save_steps": 6, "learning_rate": 5e-3}}
-    assert main(["train", str(write_run(room, whole, method, **changes))]) == 0
-    with monkeypatch.context() as patched:
-        # Ctrl-C in the middle of ASLoRA's merges and of Dual LoRA's warm-up.
-        patched.setattr(ProgressLine, "on_step_begin", signal_before_step(4, signal.SIGINT), raising=False)
-        assert main(["train", str(write_run(room, broken, method, **changes))]) == 130
-    assert f"continue with: loraplex train {broken}/run.yaml --resume" in capfd.readouterr().err
-    assert [row["step"] for row in rows(broken) if row["event"] == "train"] == [1, 2, 3, 4]
-    assert os.listdir(broken / "checkpoint-4")
-    assert not (broken / "adapter_model.safetensors").exists()
-    assert main(["train", str(broken / "run.yaml"), "--resume"]) == 0
-    assert without_times(rows(broken)) == without_times(rows(whole))
-    assert (broken / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
-
-
-def signal_before_step(step: int, *numbers: int):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step + 1 == step:
-            for number in numbers:
-                signal.raise_signal(number)
-
-    return on_step_begin
-
-
-def interrupt(run: Path, output_dir: Path, after: int, number: int) -> int:
-    """Train in a process of its own, send it a signal once `after` steps are logged; its exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from loraplex.cli import main; raise SystemExit(main())", "train", str(run)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (output_dir / "metrics.jsonl").is_file() and len(rows_so_far(output_dir)) >= after:
-                process.send_signal(number)
-                break
-            time.sleep(0.02)
-        _, errors = process.communicate(timeout=60)
-    assert "continue with: loraplex train" in errors, errors
-    return process.returncode
-
-
-def rows_so_far(output_dir: Path) -> list[str]:
-    return [line for line in (output_dir / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
-
-
-def test_ctrl_c_from_outside_and_a_broken_checkpoint(room, tmp_path, capsys):
-    """Another process is stopped by Ctrl-C and its last checkpoint cut off; the end is that of an unbroken run."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train = {"max_steps": 60, "eval_steps": 20, "save_steps": 3, "save_total_limit": None, "learning_rate": 5e-3}
-    assert main(["train", str(write_run(room, whole, "aslora", train=train))]) == 0
-    assert interrupt(write_run(room, broken, "aslora", train=train), broken, 4, signal.SIGINT) == 130
-    newest = max(broken.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert newest.name == f"checkpoint-{len(rows_so_far(broken))}"
-    with (newest / "optimizer.pt").open("r+b") as file:
-        file.truncate(100)
-    capsys.readouterr()
-    assert main(["train", str(broken / "run.yaml"), "--resume"]) == 0
-    assert f"{newest.name}: optimizer.pt is cut off" in capsys.readouterr().err
-    assert without_times(rows(broken)) == without_times(rows(whole))
-    assert (broken / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
-
-
-def test_sigterm_and_a_second_signal(room, tmp_path, monkeypatch, capfd):
-    run = write_run(room, tmp_path / "out", "lora", train={"max_steps": 9, "eval_steps": None, "save_steps": 2})
-    monkeypatch.setattr(ProgressLine, "on_step_begin", signal_before_step(4, signal.SIGTERM), raising=False)
-    assert main(["train", str(run)]) == 143
-    assert "SIGTERM: finishing the current step" in capfd.readouterr().err
-    twice = [signal.SIGINT, signal.SIGINT]
-    monkeypatch.setattr(ProgressLine, "on_step_begin", signal_before_step(7, *twice), raising=False)
-    assert main(["train", str(run), "--resume"]) == 130
-    assert "continue with: loraplex train" in capfd.readouterr().err
-    assert not (tmp_path / "out" / "checkpoint-7").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_resume_of_a_run_that_only_lacks_its_end(room, tmp_path):
-    out = tmp_path / "out"
-    assert main(["train", str(write_run(room, out, "lora"))]) == 0
-    before = (out / "adapter_model.safetensors").read_bytes()
-    (out / "adapter_model.safetensors").unlink()
-    assert main(["train", str(out / "run.yaml"), "--resume"]) == 0
-    assert (out / "adapter_model.safetensors").read_bytes() == before
-    assert [row["step"] for row in rows(out) if row["event"] == "train"] == list(range(1, 13))
-
-
-def test_refuses_to_mix_runs(room, tmp_path, capsys):
-    out = tmp_path / "out"
-    run = write_run(room, out, "lora")
-    assert main(["train", str(run), "--resume"]) == 2
-    assert "nothing to resume" in capsys.readouterr().err
-    assert main(["train", str(run), "--train.max_steps", "4", "--train.eval_steps", "null"]) == 0
-    capsys.readouterr()
-    assert main(["train", str(run)]) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert main(["train", str(run), "--resume", "--adapter.r", "2"]) == 2
-    assert "adapter.r was 4 and is 2 now" in capsys.readouterr().err
-    shutil.rmtree(out / "checkpoint-4")
-    assert main(["train", str(run)]) == 2
-    assert "trained adapter" in capsys.readouterr().err
 
 
 def test_several_data_sets(room, tmp_path):
