@@ -3,6 +3,8 @@
 Most cases are scripted: layers of 1×1 weights (or 1×2), whose B's an SGD step puts exactly where the case wants them.
 """
 
+import copy
+
 import pytest
 import torch
 from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, leaf, matvec, randomize
@@ -647,3 +649,22 @@ def test_an_optimizer_of_another_model_is_no_concern():
     for _ in range(20):
         other(torch.ones(1, 2)).sum().backward()
         optimizer.step()
+
+
+def test_a_new_optimizer_takes_over_from_one_that_is_still_alive():
+    # As in a notebook: back to a checkpoint of step 1, with the first run's optimizer still in memory.
+    model = toy(3, num_merges=1, merge_start_step=2)
+    script = Script(model)
+    script.step(0, 1, 9)
+    checkpoint = copy.deepcopy(script.optimizer.state_dict())
+    script.step(0, 100, 9)
+    others = [
+        torch.optim.SGD(script.optimizer.param_groups[0]["params"], lr=1.0)
+        for _ in range(4)  # whichever is looked at first
+    ]
+    for optimizer in others:
+        optimizer.load_state_dict(copy.deepcopy(checkpoint))
+        Script(model, optimizer).step(0, 3, 9)
+        means = [average(model, optimizer, index).item() for index in range(3)]
+        assert means == pytest.approx([0, 2, 9], abs=1e-6)
+        assert history(model) == []
