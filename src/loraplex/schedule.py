@@ -52,7 +52,7 @@ class Scheduled(SharedFactors):
         _scheduled.add(self)
 
     def _follow_nothing(self) -> None:
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._optimizers: list[weakref.ref[Optimizer]] = []
         self._watched: Callable[[], nn.Parameter | None] = lambda: None
 
     @abstractmethod
@@ -103,12 +103,15 @@ class Scheduled(SharedFactors):
             if optimizer is None:
                 self.advance(self._own_state, lambda _: True)
             else:
-                self._optimizers.add(optimizer)
+                # The latest first: a new optimizer takes over from one that happens to live on.
+                others = [known for known in self._optimizers if known() not in (None, optimizer)]
+                self._optimizers = [weakref.ref(optimizer), *others]
                 held = _held(optimizer)
                 self.advance(self._optimizer_state, lambda parameter: id(parameter) in held)
 
     def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        return next((o.state[parameter] for o in self._optimizers if id(parameter) in _held(o)), None)
+        known = (optimizer() for optimizer in self._optimizers)
+        return next((o.state[parameter] for o in known if o is not None and id(parameter) in _held(o)), None)
 
     def _own_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         name = next(name for name, p in self.named_parameters() if p is parameter)

@@ -81,6 +81,15 @@ def test_ctrl_c_from_outside_and_a_broken_checkpoint(room, tmp_path, capsys):
     assert (broken / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def sigint_raises():
+    """Python's own handler, which a shell that starts the tests in the background would have switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint_raises")
 def test_sigterm_and_a_second_signal(room, tmp_path, monkeypatch, capfd):
     run = write_run(room, tmp_path / "out", "lora", train={"max_steps": 9, "eval_steps": None, "save_steps": 2})
     monkeypatch.setattr(ProgressLine, "on_step_begin", signal_before_step(4, signal.SIGTERM), raising=False)
