@@ -215,7 +215,7 @@ def test_hooks_run_for_the_first_adapter_only(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_casts_split_registered_aliases_but_not_the_bank() -> None:
-    """`cast_adapter_dtype` reassigns parameters layer by layer: why layers look shared factors up (sharing.py)."""
+    """`cast_adapter_dtype` goes layer by layer, and since 0.21.1 reassigns: why layers look factors up (sharing.py)."""
     base = ARCHS["llama"].build().to(torch.bfloat16)
     model = get_peft_model(base, config("masa-sum"), autocast_adapter_dtype=False)
     bank = find_bank(model)
@@ -223,7 +223,6 @@ def test_casts_split_registered_aliases_but_not_the_bank() -> None:
     assert {p.dtype for p in before.values()} == {torch.bfloat16}
     tuners_utils.cast_adapter_dtype(model, "default")
     after = dict(bank.shared("default").named_parameters())
-    assert all(after[name] is not before[name] for name in before)
     assert {p.dtype for p in after.values()} == {torch.float32}
     for layer in h.layers_of(model).values():
         assert any(layer.factors("default").lora_A is p for p in after.values())
