@@ -471,7 +471,7 @@ def test_step_hook_fires_once_per_step() -> None:
                 optimizer.zero_grad()
                 loss = (weight**2).sum()
                 loss.backward()
-                return loss
+                return loss.detach()
 
             optimizer.step(closure)
             assert seen == [optimizer]
