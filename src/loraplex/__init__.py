@@ -1,6 +1,7 @@
 """MASA, ASLoRA, Dual LoRA and MultiLoRA as PEFT methods. Importing this package registers them with PEFT."""
 
-from loraplex.calibrate import calibrate
+from loraplex.calibrate import Calibration, calibrate
+from loraplex.export import LoraExport, Rank, export_lora
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
 from loraplex.registry import add_adapter, load_adapter
 from loraplex.schedule import ScheduleCallback, set_total_steps, step
@@ -8,13 +9,17 @@ from loraplex.version import __version__
 
 __all__ = [
     "AsLoraConfig",
+    "Calibration",
     "DualLoraConfig",
+    "LoraExport",
     "MasaConfig",
     "MultiLoraConfig",
+    "Rank",
     "ScheduleCallback",
     "__version__",
     "add_adapter",
     "calibrate",
+    "export_lora",
     "load_adapter",
     "set_total_steps",
     "step",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loraplex.engines import ENGINES, PORTABLE
 from loraplex.version import __version__
 
 _TRAIN_HELP = """\
@@ -41,17 +42,32 @@ example:
   loraplex eval runs/masa --base"""
 
 _MERGE_HELP = """\
-example:
-  loraplex merge runs/aslora -o merged/aslora --safe
+The same as loraplex export --format merged.
 
-MASA with a router has no constant update, because its gates depend on the input: it can only be merged with its mean
-gates on data of your task. --calibration alone takes the data of the adapter's own run."""
+example:
+  loraplex merge runs/aslora -o merged/aslora --safe"""
+
+_EXPORT_HELP = """\
+--format lora writes a plain LoRA that needs no loraplex: one rank, lora_alpha = r, scaling inside B. It is exact for
+MultiLoRA, ASLoRA and MASA with "sum" or "concat"; Dual LoRA needs --rank or --max-error, and its error is printed.
+--format merged writes a whole model, one file at a time. It is exact for Dual LoRA too, up to rounding, which is
+printed. MASA with a router has no constant update, because its gates depend on the input: --calibration exports its
+mean gates and measures what they miss; alone it takes the data of the adapter's own run.
+
+examples:
+  loraplex export runs/masa -o lora/masa --engine vllm
+  loraplex export runs/multilora -o lora/multilora --max-error 0.01
+  loraplex export runs/dual -o merged/dual --format merged"""
 
 # Options of the commands that take overrides; any other --option is one.
 _OWN_OPTIONS = {
     "train": {"--resume", "--dry-run", "--debug", "--help"},
     "eval": {"--run", "--data", "--base", "--json", "--debug", "--help"},
-    "merge": {"--run", "--safe", "--calibration", "--force", "--output", "--debug", "--help"},
+    "merge": {"--run", "--safe", "--calibration", "--dtype", "--force", "--output", "--json", "--debug", "--help"},
+    "export": {
+        *("--run", "--format", "--engine", "--compress", "--rank", "--max-error", "--dtype", "--calibration", "--safe"),
+        *("--force", "--output", "--json", "--debug", "--help"),
+    },
 }
 
 
@@ -93,18 +109,37 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--base", action="store_true", help="measure the base model too")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    merge = add("merge", "merge an adapter into its base model and save a plain model", _MERGE_HELP)
-    merge.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
-    merge.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the merged model goes")
-    merge.add_argument("--run", metavar="RUN.yaml", type=Path, help="take the base model from this run")
-    merge.add_argument("--safe", action="store_true", help="stop if a merged weight is not finite")
-    merge.add_argument(
-        "--calibration", nargs="*", metavar="DATA", help="data for MASA's mean gates; without a value, the run's own"
+    export = add("export", "write an adapter as a plain LoRA or a merged model that servers load", _EXPORT_HELP)
+    export.add_argument("--format", choices=("lora", "merged"), default="lora", help="default: lora")
+    export.add_argument(
+        "--engine",
+        choices=tuple(ENGINES),
+        default=PORTABLE,
+        help="what is to load it; portable (the default) suits all, others print how to serve",
     )
-    merge.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+    export.add_argument("--compress", choices=("exact",), help="find the true rank of each update")
+    export.add_argument("--rank", type=int, metavar="R", help="the best approximation of rank R")
+    export.add_argument(
+        "--max-error", type=float, metavar="E", help="the smallest rank that keeps every module's error ≤ E of ‖ΔW‖"
+    )
+    merge = add("merge", "merge an adapter into its base model and save a plain model", _MERGE_HELP)
+    for command in (export, merge):
+        command.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
+        command.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="where the export goes")
+        command.add_argument("--run", metavar="RUN.yaml", type=Path, help="take the base model from this run")
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the file's tensors")
+        command.add_argument("--safe", action="store_true", help="stop if a merged weight is not finite")
+        command.add_argument(
+            "--calibration", nargs="*", metavar="DATA", help="data for MASA's mean gates; alone, the run's own"
+        )
+        command.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     inspect = add("inspect", "show an adapter's parameters, sharing map and merge history")
     inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
+    inspect.add_argument(
+        "--against", metavar="SOURCE", type=Path, help="of an exported LoRA: its error against the adapter it came from"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -206,21 +241,39 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _merge(args: argparse.Namespace, overrides: list[str]) -> int:
-    _quiet()
-    from loraplex.training.adapted import merge_adapter, run_of
-    from loraplex.training.config import parse_overrides
+    return _write_export(args, overrides, format="merged")
 
-    needs_data = args.calibration == []
-    run = run_of(args.adapter, args.run, [], parse_overrides(overrides), needs_data)
-    errors = merge_adapter(
-        args.adapter, run, args.output, safe=args.safe, calibration=args.calibration, force=args.force
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.export import Rank
+
+    rank = Rank(args.compress == "exact", args.rank, args.max_error)
+    if args.format == "merged" and (rank != Rank() or args.engine != PORTABLE):
+        raise ValueError("a merged model has no rank and suits every engine: leave --rank, --engine and the like out.")
+    return _write_export(args, overrides, format=args.format, engine=args.engine, rank=rank)
+
+
+def _write_export(args: argparse.Namespace, overrides: list[str], **settings: Any) -> int:
+    _quiet()
+    from loraplex.training.adapted import run_of
+    from loraplex.training.config import parse_overrides
+    from loraplex.training.exporting import ExportJob, export_adapter
+    from loraplex.training.report import print_export
+
+    run = run_of(args.adapter, args.run, [], parse_overrides(overrides), needs_data=args.calibration == [])
+    job = ExportJob(
+        target=args.output,
+        dtype=args.dtype,
+        calibration=args.calibration,
+        safe=args.safe,
+        force=args.force,
+        **settings,
     )
-    if errors:
-        mean = sum(errors.values()) / len(errors)
-        worst = max(errors, key=errors.__getitem__)
-        print(f"merged with mean gates: relative error of the update {mean:.3f} on average, ", end="")
-        print(f"{errors[worst]:.3f} at worst ({worst})")
-    print(f"merged model: {args.output}")
+    export, calibration = export_adapter(args.adapter, run, job)
+    if args.json:
+        _print_json({**export.to_dict(), "calibration": calibration.to_dict() if calibration else None})
+    else:
+        print_export(export, calibration)
     return 0
 
 
@@ -231,11 +284,22 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     if not args.adapter.is_dir():
         raise FileNotFoundError(f"adapter {args.adapter} is not a folder: give the folder of a saved adapter.")
     description = describe(args.adapter)
+    if args.against is not None:
+        description.against = _compare(args.adapter, args.against)
     if args.json:
         _print_json(description.to_dict())
     else:
         print_description(description, args.adapter)
     return 0
+
+
+def _compare(exported: Path, source: Path) -> dict[str, float]:
+    _quiet()
+    from loraplex.export import compare
+    from loraplex.training.adapted import labels_of, load_on_skeleton, run_of
+
+    run = run_of(source, None, [], [], needs_data=False)
+    return compare(exported, load_on_skeleton(source, run, labels_of(source, run)))
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -255,7 +319,7 @@ def _quiet() -> None:
     datasets.utils.logging.set_verbosity_error()
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "merge": _merge, "inspect": _inspect}
+_COMMANDS = {"train": _train, "eval": _eval, "export": _export, "merge": _merge, "inspect": _inspect}
 
 if __name__ == "__main__":
     sys.exit(main())

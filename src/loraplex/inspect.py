@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loraplex.config import check_adapter_files
+from loraplex.export import read_lora
+from loraplex.lowrank import svd_of_product
 from loraplex.sharing import role
 
 _ROOT = "base_model.model."
@@ -29,6 +31,10 @@ class ModuleRow:
     """Number of parameters that belong to this module alone."""
     factors: dict[str, list[int]]
     """Own factor → shape."""
+    rank: int | None = None
+    """Of a plain LoRA: the true rank of B A, without padding."""
+    norm: float | None = None
+    """Of a plain LoRA: ‖ΔW‖_F."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Description:
     """Dual LoRA: warm-up steps done, and steps in all (0: not known yet)."""
     fully_trained: dict[str, int] = field(default_factory=dict)
     """Modules and biases that are trained and saved in full → parameters."""
+    against: dict[str, float] = field(default_factory=dict)
+    """Of an exported LoRA: module → relative error against the adapter it came from."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -102,7 +110,14 @@ def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "de
     if not os.path.isfile(weights):
         raise ValueError(f"{folder} holds no adapter: {SAFETENSORS_WEIGHTS_NAME} is missing.")
     with safe_open(weights, framework="pt") as tensors:
-        return _describe(config, {k: tensors.get_tensor(k) for k in tensors.keys()}, os.path.getsize(weights))  # noqa: SIM118
+        state = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    description = _describe(config, state, os.path.getsize(weights))
+    if config["peft_type"] == "LORA" and not config.get("use_dora"):
+        svds = {module: svd_of_product(A, B) for module, (A, B) in read_lora(folder).items()}
+        description.modules = [
+            replace(row, rank=svds[row.module].rank(), norm=svds[row.module].norm) for row in description.modules
+        ]
+    return description
 
 
 def _describe(config: dict[str, Any], state: dict[str, Tensor], file_bytes: int | None) -> Description:

@@ -20,7 +20,8 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Factors(nn.Module, ABC):
     """What one adapter owns on one layer, and its equation. A method subclasses this once.
 
-    `lora_A` (a parameter, or a property that reads a shared one) tells in which dtype the method computes.
+    `lora_A` (a parameter, or a property that reads a shared one) tells in which dtype the method computes. A method
+    whose ΔW is a product of two factors writes `lora_form`; any other writes `delta_weight`.
     """
 
     lora_A: Tensor
@@ -39,16 +40,36 @@ class Factors(nn.Module, ABC):
     def add_parameters(self, config: AdapterConfig) -> None:
         """Create and initialise the parameters that this layer owns."""
 
-    @abstractmethod
-    def delta_weight(self) -> Tensor:
-        """ΔW `(out, in)`, scaling included, in the factors' dtype or a wider one."""
+    def lora_form(self) -> tuple[Tensor, Tensor] | None:
+        """A `(R, in)` and B `(out, R)` with ΔW = B A, scaling included, float32 at least; None if there are none.
+
+        Raises:
+            ValueError: ΔW is not a constant matrix.
+        """
+        return None
+
+    def delta_weight(self, rows: slice = slice(None)) -> Tensor:
+        """ΔW `(out, in)`, or these rows of it, scaling included, float32 at least.
+
+        Raises:
+            ValueError: ΔW is not a constant matrix.
+        """
+        form = self.lora_form()
+        assert form is not None, "a method writes lora_form or delta_weight"
+        A, B = form
+        with torch.autocast(A.device.type, enabled=False):
+            return B[rows] @ A
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """ΔW x, scaling included: `(..., in)` → `(..., out)`. `x` has the dtype of `lora_A`."""
 
     def check_mergeable(self) -> None:
-        """Raise a ValueError where ΔW is not a constant matrix."""
+        """Raise a ValueError where ΔW is not a constant matrix. Nothing to check by default."""
+
+    def notes(self) -> list[str]:
+        """What a user should know who exports or merges this adapter."""
+        return []
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, r={self.r}, scaling={self.scaling:g}"
@@ -61,13 +82,17 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     PEFT looks for it when a second adapter asks for `target_modules="all-linear"`.
     """
 
-    def __init__(self, base_layer: nn.Module, **quantization_kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, module_name: str, **quantization_kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.module_name = module_name
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._unmerged_weight: Tensor | None = None
+        self.merge_error = 0.0
+        """Of the last merge: ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base layer stores."""
+        self._unmerged: Any = None
+        self._tied_weight: nn.Parameter | None = None
         inner = self.get_base_layer()
         self.in_features: int
         self.out_features: int
@@ -107,7 +132,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         factors = self.factors(adapter_name)
         if factors is None or device is None or any(p.is_meta for p in factors.parameters()):
             return
-        factors.to(device=device)
+        # A base on the meta device is there for its names and shapes only: the adapter keeps its values.
+        if device.type != "meta":
+            factors.to(device=device)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if self._disable_adapters:
@@ -144,57 +171,85 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 result[rows] = (result[rows] + delta).to(result.dtype)
         return result
 
+    def check_mergeable(self, adapter_names: list[str]) -> None:
+        """Raise a ValueError where the base can't take a merged weight, or an adapter has no constant ΔW."""
+        present = [factors for name in adapter_names if (factors := self.factors(name)) is not None]
+        if present and self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise ValueError(
+                f"Can't merge into {self.module_name}: its weight is quantised with "
+                f"{self.quantization_backend.backend_name}, which can't be written. Merge into the base model in "
+                "bfloat16 or float32, or serve the adapter unmerged."
+            )
+        for factors in present:
+            factors.check_mergeable()
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW of the adapters to the base weight; the weight before is kept on the CPU for `unmerge`.
+        """Add ΔW of the adapters to the base weight; `unmerge` needs the weight before: a plain one is kept on the CPU.
+
+        A quantised weight is dequantised, added to and quantised again. `merge_error` tells what that, or rounding to
+        the weight's dtype, has cost.
 
         Args:
             safe_merge: refuse to merge where the result would hold NaN or Inf.
             adapter_names: which adapters; None merges the active ones.
 
         Raises:
-            ValueError: ΔW is not a constant matrix (MASA's router), or `safe_merge` found NaN or Inf. The
-                weight is unchanged then.
+            ValueError: see `check_mergeable`, or `safe_merge` found NaN or Inf. The weight is unchanged then.
         """
-        named = {name: self.factors(name) for name in check_adapters_to_merge(self, adapter_names)}
-        present = {name: factors for name, factors in named.items() if factors is not None}
-        if not present:
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if self.factors(n) is not None]
+        if not names:
             return
-        if self.quantization_backend is not None:
-            raise ValueError(
-                f"Can't merge {list(present)} into a base quantised with {self.quantization_backend.backend_name}: "
-                "load the base model in bfloat16 or float32 and merge there."
-            )
+        self.check_mergeable(names)
         weight = self.get_base_weight()
         # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for factors in present.values():
-            factors.check_mergeable()
-            delta = factors.delta_weight().to(total.device, total.dtype)
-            total += delta.T if self.fan_in_fan_out else delta
+        total: Tensor = sum(self.factors(name).delta_weight() for name in names)  # type: ignore
+        total = (total.T if self.fan_in_fan_out else total).to(weight.device)
+        norm = total.norm()
+        total = total + weight
         if safe_merge and not total.isfinite().all():
             raise ValueError(
-                f"Merging {list(present)} would write NaN or Inf into the weight of {factors.module_name}: the "
-                "adapter is broken; load an earlier checkpoint."
+                f"Merging {names} would write NaN or Inf into the weight of {self.module_name}: the adapter is broken; "
+                "load an earlier checkpoint."
             )
-        if self._unmerged_weight is None:
+        if self._unmerged is None:
             # W + ΔW − ΔW ≠ W in floating point, and loops that merge at every step would drift.
-            self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
+            self._unmerged = self._kept_weight()
         self.set_base_weight(total.to(weight.dtype))
-        self.merged_adapters.extend(present)
+        self.merge_error = ((self.get_base_weight() - total).norm() / norm).item() if norm else 0.0
+        self.merged_adapters.extend(names)
+
+    def _kept_weight(self) -> Any:
+        return self.weight.detach().to("cpu", copy=True)
+
+    def _put_back(self, kept: Any) -> None:
+        weight = self.weight
+        weight.data = kept.to(weight.device)
+
+    def untie(self) -> None:
+        """Give the base layer a weight of its own until `unmerge`: merging must not change a tied embedding."""
+        tied: Any = self.get_base_layer().weight
+        self.get_base_layer().weight = nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)
+        self._tied_weight = tied
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the exact weight that `merge` found."""
-        if self._unmerged_weight is None:
-            return
-        weight = self.weight
-        weight.data = self._unmerged_weight.to(weight.device)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
+        if self._unmerged is not None:
+            self._put_back(self._unmerged)
+            self._unmerged = None
+            self.merged_adapters.clear()
+        if self._tied_weight is not None:
+            self.get_base_layer().weight = self._tied_weight
+            self._tied_weight = None
 
     def __repr__(self) -> str:
         return "loraplex." + super().__repr__()
+
+
+def wide(factor: Tensor) -> Tensor:
+    """`factor` in float32 at least: products that are merged or exported are not rounded to bfloat16 on the way."""
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
 
 
 def kaiming_(factor: Tensor, fan_in: int) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -26,9 +29,14 @@ from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
 
+logger = logging.getLogger(__name__)
+
 
 class AdapterModel(BaseTuner):
     """Abstract tuner. A method subclasses it once, to name its prefix; every subclass can host every method."""
+
+    merge_errors: dict[str, float]
+    """Of the last merge: module → ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base stores."""
 
     # The bank is a tuner layer too: switching and deleting adapters must reach it.
     tuner_layer_cls = BaseTunerLayer
@@ -74,6 +82,8 @@ class AdapterModel(BaseTuner):
         # PEFT's version copies the child's weight and bias, which a head of several modules does not have; layers of
         # ours take their device when an adapter is added.
         setattr(parent, child_name, new_module)
+        if isinstance(child, AdapterLinear) and child.merged:
+            self.merge_errors[child.module_name] = child.merge_error
 
     def _create_and_replace(
         self,
@@ -108,18 +118,24 @@ class AdapterModel(BaseTuner):
                 f"{name} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be adapted. "
                 "Leave it out of target_modules, or train it in full with modules_to_save."
             )
-        return AdapterLinear(target, **quantization)
+        return AdapterLinear(target, name, **quantization)
 
     # Merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; on an error no layer stays merged."""
+        """Merge adapters into the base weights; on an error no layer stays merged.
+
+        `merge_errors` tells afterwards what rounding to the base's dtype, or quantising again, cost each module.
+        """
         self._check_mergeable(adapter_names)
         try:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         except Exception:
             self.unmerge_adapter()
             raise
+        layers = (module for module in self.model.modules() if isinstance(module, AdapterLinear))
+        self.merge_errors = {layer.module_name: layer.merge_error for layer in layers if layer.merged}
+        _warn_of_loss(self.merge_errors)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
@@ -128,6 +144,7 @@ class AdapterModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        self.merge_errors = {}
         if merge:
             # Before the first layer is replaced: a refusal half-way would leave a torn model.
             self._check_mergeable(adapter_names)
@@ -138,14 +155,20 @@ class AdapterModel(BaseTuner):
             merge, progressbar, safe_merge, adapter_names
         )
         model._modules.pop(BANK, None)
+        if not safe_merge:
+            _warn_of_loss(self.merge_errors)
         return model
+
+    def _check_merge_allowed(self) -> None:
+        """Nothing: PEFT's version warns of merging into tied weights, which get a copy of their own here."""
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         for layer in self.model.modules():
             if isinstance(layer, AdapterLinear):
-                for name in self.active_adapters if adapter_names is None else adapter_names:
-                    if (factors := layer.factors(name)) is not None:
-                        factors.check_mergeable()
+                layer.check_mergeable(self.active_adapters if adapter_names is None else adapter_names)
+        for layer in tied_layers(self.model):
+            if isinstance(layer, AdapterLinear):
+                layer.untie()
 
     # Switching
 
@@ -249,6 +272,29 @@ class AdapterModel(BaseTuner):
 def find_bank(model: nn.Module) -> FactorBank | None:
     """The bank of shared factors of `model` (a PeftModel, a tuner or the adapted model), or None."""
     return next((m for m in model.modules() if isinstance(m, FactorBank)), None)
+
+
+def _warn_of_loss(errors: dict[str, float]) -> None:
+    """Say where merging kept less than half of an update."""
+    lost = {name: error for name, error in errors.items() if error > 0.5}
+    if lost:
+        worst = max(lost, key=lost.__getitem__)
+        logger.warning(
+            "Merging lost most of the update of %d of %d modules: the base's weights are stored too coarsely for "
+            "changes this small (worst: %s, relative error %.2f). Merge into a float32 base, or serve the adapter "
+            "unmerged.",
+            len(lost),
+            len(errors),
+            worst,
+            errors[worst],
+        )
+
+
+def tied_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """Adapted layers whose weight is a parameter of another module too, such as a head tied to the embedding."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    layers = (module for module in model.modules() if isinstance(module, (AdapterLinear, LoraLayer)))
+    return [layer for layer in layers if uses[id(layer.weight)] > 1]
 
 
 def take_off(model: nn.Module, adapter_name: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_choice, check_count, check_steps
-from loraplex.layer import Factors, kaiming_
+from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.schedule import Scheduled, StateOf, Stepped
 from loraplex.sharing import Member, read
@@ -273,8 +273,8 @@ class AsLoraFactors(Factors):
         shared, A = self.shared, f"{self.family}__lora_A"
         return linear(linear(self.dropout(x), read(shared, A, x)), self.lora_B.to(x.device)) * self.scaling
 
-    def delta_weight(self) -> Tensor:
-        return self.scaling * self.lora_B @ self.lora_A
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        return wide(self.lora_A), self.scaling * wide(self.lora_B)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_count, check_number, check_steps
-from loraplex.layer import Factors
+from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
 from loraplex.schedule import Scheduled, StateOf, Stepped
 from loraplex.sharing import Member, read
@@ -90,15 +90,18 @@ class DualLoraFactors(Factors):
         self.lora_C: nn.Parameter
         self.lora_D: nn.Parameter
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, rows: slice = slice(None)) -> Tensor:
         # Outside autocast and in float32 at least: Sign(DC) flips on bfloat16 rounding, and forward, merge and export
         # must see the same signs.
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            A, B, C, D = (
-                factor.to(torch.promote_types(factor.dtype, torch.float32))
-                for factor in (self.lora_A, self.lora_B, self.lora_C, self.lora_D)
-            )
-            return self.scaling * self.shared.fraction(A) * torch.relu(B @ A) * Sign.apply(D @ C)
+            A, B, C, D = (wide(factor) for factor in (self.lora_A, self.lora_B, self.lora_C, self.lora_D))
+            return self.scaling * self.shared.fraction(A) * torch.relu(B[rows] @ A) * Sign.apply(D[rows] @ C)
+
+    def notes(self) -> list[str]:
+        if self.shared.finished():
+            return []
+        done, steps = self.shared.warmup.tolist()
+        return [f"The warm-up is at step {done} of {steps or '?'}: ΔW is what it is now."]
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(self.dropout(x), self.delta_weight().to(x.dtype))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_choice, check_count
-from loraplex.layer import Factors, kaiming_
+from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.sharing import Member, SharedFactors, read
 
@@ -82,13 +82,13 @@ class MasaFactors(Factors):
             return h
         return torch.einsum("...n,...nr->...r", self.gates(x), h.unflatten(-1, (self.num_experts, self.r)))
 
-    def delta_weight(self) -> Tensor:
+    def lora_form(self) -> tuple[Tensor, Tensor]:
         self.check_mergeable()
+        B, A = self.scaling * wide(self.lora_B), wide(self.lora_A)
         if self.mixing == "concat":
-            return self.scaling * self.lora_B @ self.lora_A
-        gate = self.mean_gate if self.mixing == "router" else None
-        A = self.experts().sum(0) if gate is None else torch.einsum("n,nri->ri", gate.to(self.lora_B), self.experts())
-        return self.scaling * self.lora_B @ A
+            return A, B
+        gate = torch.ones(self.num_experts) if self.mixing == "sum" else self.mean_gate
+        return torch.einsum("n,nri->ri", gate.to(A), A.view(self.num_experts, self.r, -1)), B  # type: ignore[union-attr]
 
     def check_mergeable(self) -> None:
         if self.mixing == "router" and self.mean_gate is None:
@@ -97,6 +97,11 @@ class MasaFactors(Factors):
                 "merged exactly. Run loraplex.calibrate(model, batches) on text of your task first to merge with the "
                 'mean gates (an approximation, whose error it reports), or train with "sum" or "concat".'
             )
+
+    def notes(self) -> list[str]:
+        if self.mixing != "router":
+            return []
+        return ["The router's gates were replaced by their means over calibration text: an approximation."]
 
 
 @dataclass

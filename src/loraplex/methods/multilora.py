@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_choice, check_count
-from loraplex.layer import Factors, kaiming_
+from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 
 
@@ -31,16 +31,16 @@ class MultiLoraFactors(Factors):
         c = torch.zeros(n, channels) if config.init_weights else torch.randn(n, channels)
         self.lora_scaling = nn.Parameter(c)
 
-    def scaled_B(self) -> Tensor:
-        """[c₁ ⊙ B₁, …, cₙ ⊙ Bₙ] · α/r, `(out, n·r)`."""
-        B = self.lora_B.view(self.out_features, self.num_modules, self.r)
-        return (B * (self.scaling * self.lora_scaling).T.unsqueeze(-1)).flatten(1)
-
-    def delta_weight(self) -> Tensor:
-        return self.scaled_B() @ self.lora_A
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        return wide(self.lora_A), self._scaled(wide(self.lora_B), wide(self.lora_scaling))
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(linear(self.dropout(x), self.lora_A), self.scaled_B())
+        return linear(linear(self.dropout(x), self.lora_A), self._scaled(self.lora_B, self.lora_scaling))
+
+    def _scaled(self, B: Tensor, c: Tensor) -> Tensor:
+        """[c₁ ⊙ B₁, …, cₙ ⊙ Bₙ] · α/r, `(out, n·r)`."""
+        B = B.view(self.out_features, self.num_modules, self.r)
+        return (B * (self.scaling * c).T.unsqueeze(-1)).flatten(1)
 
 
 @dataclass

@@ -1,30 +1,22 @@
-"""Saved adapters back on their base models: to evaluate them, and to merge them into a plain model."""
+"""Saved adapters back on their base models, and what their runs say of them."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+from peft import LoraConfig, PeftModel, load_peft_weights
+from transformers import PreTrainedModel, set_seed
 
 from loraplex.config import check_adapter_files
 from loraplex.evaluate import Evaluator, Metrics
 from loraplex.training.arguments import METHOD_OF_TYPE
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
-from loraplex.training.data import Task, load_task
-from loraplex.training.encode import encode_texts, encode_training
-from loraplex.training.models import load_model, load_tokenizer
+from loraplex.training.models import load_model, load_skeleton
 from loraplex.training.run import load_data, make_evaluators, note
-
-_CALIBRATION_EXAMPLES = 64
 
 
 def run_of(
@@ -43,7 +35,7 @@ def run_of(
     known = run_file is not None or path.is_file()
     tree = read_yaml(path) if known else _tree_from_adapter(adapter)
     if data:
-        tree["data"] = [_data_entry(text) for text in data]
+        tree["data"] = [data_entry(text) for text in data]
     for key, value in overrides:
         set_key(tree, key, value)
     if not tree.get("data"):
@@ -60,7 +52,7 @@ def _beside(adapter: Path, name: str) -> Path:
 
 
 def _tree_from_adapter(adapter: Path) -> dict[str, Any]:
-    config = _adapter_json(adapter)
+    config = adapter_json(adapter)
     method = METHOD_OF_TYPE.get(config["peft_type"])
     if method is None:
         raise ConfigError(f"{adapter} is a {config['peft_type']} adapter: use {', '.join(METHOD_OF_TYPE.values())}.")
@@ -68,11 +60,11 @@ def _tree_from_adapter(adapter: Path) -> dict[str, Any]:
     return {"model": config["base_model_name_or_path"], "method": method, "task": task, "output_dir": str(adapter)}
 
 
-def _adapter_json(adapter: Path) -> dict[str, Any]:
+def adapter_json(adapter: Path) -> dict[str, Any]:
     return dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
 
 
-def _data_entry(text: str) -> dict[str, Any]:
+def data_entry(text: str) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):
         return {"path": text}
     entry = parse_yaml(text, "the value of --data")
@@ -81,19 +73,42 @@ def _data_entry(text: str) -> dict[str, Any]:
     return entry
 
 
-def load_adapted(adapter: Path, run: RunConfig, label_names: list[str] | None) -> PeftModel:
-    """The run's base model with the saved adapter on it.
+def load_adapted(adapter: Path, run: RunConfig, label_names: list[str] | None, dtype: str | None = None) -> PeftModel:
+    """The run's base model, in the run's dtype or another, with the saved adapter on it.
 
     Raises:
         ConfigError: the adapter does not fit the base model.
     """
     note(f"loading {run.model} and {adapter}")
     set_seed(run.train.seed)  # a classifier's fresh head is the one that training began with
-    base = load_model(run.model, run.task, label_names=label_names, dtype=run.dtype, **run.source)
+    base = load_model(run.model, run.task, label_names=label_names, dtype=dtype or run.dtype, **run.source)
     if torch.cuda.is_available():
         base.to("cuda")  # type: ignore[arg-type]
+    return _adapted(base, adapter, run)
+
+
+def load_on_skeleton(adapter: Path, run: RunConfig, label_names: list[str] | None) -> PeftModel:
+    """The saved adapter on its base model's modules, whose weights stay on the meta device.
+
+    Raises:
+        ConfigError: the adapter does not fit the base model.
+    """
+    skeleton = load_skeleton(run.model, run.task, label_names=label_names, **run.source)
+    model = _adapted(skeleton, adapter, run, low_cpu_mem_usage=True)
+    if isinstance(model.peft_config["default"], LoraConfig):
+        # PEFT's own layers follow their base to the meta device, and lose their values there.
+        state = {
+            key.replace(".weight", ".default.weight"): tensor
+            for key, tensor in load_peft_weights(str(adapter), device="cpu").items()
+            if ".lora_" in key
+        }
+        model.load_state_dict(state, strict=False, assign=True)
+    return model
+
+
+def _adapted(base: PreTrainedModel, adapter: Path, run: RunConfig, **options: Any) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        return PeftModel.from_pretrained(base, str(adapter), **options)
     except (RuntimeError, KeyError) as error:
         raise ConfigError(
             f"{adapter} does not fit {run.model}: {error}. Give its own base model with --model."
@@ -137,91 +152,3 @@ def _base_and_adapted(model: PeftModel, evaluator: Evaluator, with_base: bool) -
             metrics["base"] = evaluator(model, "base")
     metrics["adapted"] = evaluator(model, "adapted")
     return metrics
-
-
-def merge_adapter(
-    adapter: Path, run: RunConfig, target: Path, *, safe: bool, calibration: list[str] | None, force: bool
-) -> dict[str, float] | None:
-    """Merge an adapter into its base model and write a plain model with its tokenizer to `target`.
-
-    Returns:
-        With calibration, module → relative error of its update; None for an exact merge.
-
-    Raises:
-        ConfigError: `target` is not empty, or the calibration data can't be used.
-        ValueError: the method can't be merged as asked, or `safe` found values that are not finite.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not force:
-        raise ConfigError(f"{target} is not empty: choose another -o, or replace it with --force.")
-    _check_calibration(adapter, calibration is not None)
-    tokenizer = load_tokenizer(run.model, **run.source)
-    model = load_adapted(adapter, run, labels_of(adapter, run)).eval()
-    errors = None if calibration is None else _calibrate(model, run, tokenizer, calibration)
-    merged = model.merge_and_unload(safe_merge=safe, progressbar=True)
-    with replaced_folder(target) as folder:
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return errors
-
-
-def _check_calibration(adapter: Path, given: bool) -> None:
-    routed = _adapter_json(adapter).get("expert_mixing") == "router"
-    if routed and not given:
-        raise ConfigError(
-            f"{adapter} is MASA with a router: its gates depend on the input, so it has no constant update and can't "
-            "be merged exactly. Give --calibration DATA (text of your task; without DATA: the run's own) to merge "
-            'with the mean gates, an approximation whose error is reported; or train with expert_mixing "sum" or '
-            '"concat".'
-        )
-    if given and not routed:
-        raise ConfigError(f"{adapter} has no router and merges exactly: leave --calibration out.")
-
-
-def _calibrate(
-    model: PeftModel, run: RunConfig, tokenizer: PreTrainedTokenizerBase, data: list[str]
-) -> dict[str, float]:
-    from loraplex import calibrate
-
-    if data:
-        run = run.model_copy(update={"data": build_run(
-            {**run.model_dump(), "data": [_data_entry(text) for text in data]}, "--calibration"
-        ).data})  # fmt: skip
-    chat = tokenizer.chat_template is not None
-    tasks = [load_task(spec, run.train.seed, run.task, chat) for spec in run.data]
-    batches = [batch for task in tasks for batch in _batches(task, run, tokenizer, model.device, len(tasks))]
-    note(f"calibrating on {len(batches)} batches")
-    return calibrate(model, batches)
-
-
-def _batches(
-    task: Task, run: RunConfig, tokenizer: PreTrainedTokenizerBase, device: Any, num_tasks: int
-) -> Iterator[dict[str, Any]]:
-    count = min(len(task.train), max(1, _CALIBRATION_EXAMPLES // num_tasks))
-    rows = task.train.select(range(count))
-    encode = encode_training if run.task == "sft" else encode_texts
-    rows = encode(tokenizer, rows, run.train.max_length).remove_columns("labels")
-    for start in range(0, len(rows), 8):
-        batch = [rows[index] for index in range(start, min(start + 8, len(rows)))]
-        padded = tokenizer.pad(batch, return_tensors="pt", padding_side="right")
-        yield {key: value.to(device) for key, value in padded.items()}
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when not."""
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    folder.mkdir()
-    try:
-        yield folder
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        if target.exists():
-            os.rename(target, old)
-        os.rename(folder, target)
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

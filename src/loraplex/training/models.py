@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -122,6 +123,42 @@ def load_model(
     # Decoders find the last real token by the padding id, and refuse batches without one.
     loaded.config.pad_token_id = load_tokenizer(model, **source).pad_token_id
     return loaded
+
+
+def load_skeleton(
+    model: str, task: Kind, *, label_names: Sequence[str] | None = None, **source: Unpack[Source]
+) -> PreTrainedModel:
+    """A base model's modules from its config alone, all on the meta device: no weight is read or made.
+
+    Raises whatever `load_model` raises for the model's name, the task and the labels.
+    """
+    path, options = _resolve_weights(model, source)
+    auto: Any = AutoModelForCausalLM
+    if task == "classification":
+        names = _label_names(None, label_names)
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: index for index, name in enumerate(names)}
+        auto = AutoModelForSequenceClassification
+    config = AutoConfig.from_pretrained(path, **options)
+    if task == "classification":
+        config.pad_token_id = load_tokenizer(model, **source).pad_token_id
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = auto.from_config(config, trust_remote_code=source.get("trust_remote_code", False))
+    return skeleton
+
+
+def base_folder(model: str, **source: Unpack[Source]) -> Path:
+    """The folder that holds a base model's safetensors weights, config and tokenizer; a hub model is downloaded.
+
+    Raises whatever `load_model` raises for the model's name.
+    """
+    path, options = _resolve_weights(model, source)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    return Path(snapshot_download(path, revision=options.get("revision"), allow_patterns=wanted))
 
 
 def _resolve(model: str, source: Source) -> tuple[str, dict[str, Any]]:

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from loraplex.engines import ENGINES
+from loraplex.export import LoraExport
+from loraplex.inspect import Description
+from loraplex.merged import MergedExport
+
 if TYPE_CHECKING:
-    from loraplex.inspect import Description
+    from loraplex.calibrate import Calibration
     from loraplex.training.run import Result
 
 # Choices of equal length have equal accuracies: one row is enough then.
@@ -112,13 +117,46 @@ def print_description(description: Description, adapter: Path) -> None:
 
 
 def _print_modules(description: Description, console: Console) -> None:
-    table = _table("Modules", "module", "factors", "parameters")
+    plain = any(row.rank is not None for row in description.modules)
+    more = ["rank", "‖ΔW‖"] if plain else []
+    table = _table("Modules", "module", "factors", "parameters", *more, *(["error"] if description.against else []))
     for row in description.modules:
         factors = ", ".join(f"{_short(name)} {'×'.join(map(str, shape))}" for name, shape in row.factors.items())
-        table.add_row(row.module, factors, f"{row.parameters:,}")
+        numbers = [str(row.rank), f"{row.norm:.4g}"] if plain else []
+        error = [f"{description.against[row.module]:.2e}"] if description.against else []
+        table.add_row(row.module, factors, f"{row.parameters:,}", *numbers, *error)
     for name, parameters in description.fully_trained.items():
         table.add_row(name, "trained in full", f"{parameters:,}")
     console.print(table)
+
+
+def print_export(export: LoraExport | MergedExport, calibration: Calibration | None) -> None:
+    """What was written, how exact it is, and how to serve it."""
+    console = make_console()
+    lora = isinstance(export, LoraExport)
+    facts = [("plain LoRA" if lora else "merged model", export.folder)]
+    if isinstance(export, LoraExport):
+        facts.append(("rank", f"{export.rank}, lora_alpha {export.rank}, scaling inside B"))
+        error = f"exact (measured {export.error:.1e})" if export.exact else f"{export.error:.4g}"
+        facts.append(("relative error of ΔW", error))
+        shares = {module.module: module.error for module in export.modules}
+    else:
+        facts.append(("share of ΔW lost to rounding", f"{export.lost:.3g}"))
+        shares = {module.module: module.lost for module in export.modules}
+    worst = max(shares, key=shares.__getitem__)
+    facts.append(("worst module", f"{shares[worst]:.3g} ({worst})"))
+    if calibration is not None:
+        errors = calibration.errors.values()
+        facts.append(("mean gates miss", f"{sum(errors) / len(errors):.3g} of the updates, {max(errors):.3g} at worst"))
+        facts.append(("", f"{calibration.output_error:.3g} of the adapter's effect on the outputs (held-out text)"))
+    facts += [("note", text) for text in export.notes]
+    lost = sum(share > 0.5 for share in shares.values())
+    if lost and not lora:
+        text = f"rounding takes most of the update of {lost} of {len(shares)} modules: merge with --dtype float32"
+        facts.append(("warning", text))
+    if isinstance(export, LoraExport) and (command := ENGINES[export.engine].command):
+        facts.append(("serve", command.format(folder=export.folder, rank=export.rank, base=export.base_model)))
+    console.print(_facts(facts))
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,0 +1,313 @@
+"""Adapters as plain LoRA: exactly where ΔW = B A, as the best approximation of a given rank or error elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from loraplex.config import AdapterConfig, check_adapter_files, check_count
+from loraplex.engines import PORTABLE, Engine, engine_named
+from loraplex.files import check_target, replaced_folder, write_tensors
+from loraplex.layer import AdapterLinear
+from loraplex.lowrank import randomized_svd, svd_of_product
+from loraplex.model import tied_layers
+from loraplex.sharing import layer_depth
+from loraplex.updates import ROOT, Update, adapted, difference
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How large an exported rank may be; without any setting the exact form is written as it is."""
+
+    exact: bool = False
+    """Find the true rank of each update, which can be lower than that of its factors."""
+    rank: int | None = None
+    """The best approximation of this rank."""
+    max_error: float | None = None
+    """The smallest rank with which every module's relative error stays at or below this."""
+
+    def __post_init__(self) -> None:
+        if sum([self.exact, self.rank is not None, self.max_error is not None]) > 1:
+            raise ValueError("compress, rank and max_error exclude each other: give one of them.")
+        if self.rank is not None:
+            check_count("rank", self.rank)
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise ValueError(f"max_error={self.max_error} must lie between 0 and 1: it is a share of ‖ΔW‖.")
+
+
+@dataclass(frozen=True)
+class ExportedModule:
+    """One module of an export."""
+
+    module: str
+    rank: int
+    """Rank that is used; the file pads all modules to one rank."""
+    norm: float
+    """‖ΔW‖_F of the adapter."""
+    error: float
+    """‖ΔW − B A‖_F / ‖ΔW‖_F of what the file holds."""
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_lora` wrote."""
+
+    folder: str
+    base_model: str | None
+    method: str
+    engine: str
+    rank: int
+    """The one rank of all modules in the file."""
+    exact: bool
+    """Whether nothing but rounding to the file's dtype parts it from the adapter."""
+    modules: list[ExportedModule] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def error(self) -> float:
+        """Relative error of all updates together, √(Σ‖ΔW − B A‖² / Σ‖ΔW‖²)."""
+        whole = sum(module.norm**2 for module in self.modules)
+        return (sum((module.error * module.norm) ** 2 for module in self.modules) / whole) ** 0.5 if whole else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "error": self.error}
+
+
+def export_lora(
+    model: nn.Module,
+    output_dir: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    engine: str = PORTABLE,
+    rank: Rank | int | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> LoraExport:
+    """Write an adapter as a plain LoRA that stock PEFT and servers load without loraplex.
+
+    The file holds one rank for all modules (zero-padded), `lora_alpha = r`, and the scaling inside B.
+
+    Args:
+        model: a PeftModel, or a transformers model with an adapter; base weights may be on the meta device.
+        output_dir: the new folder; it appears whole or not at all.
+        adapter_name: which adapter.
+        engine: "portable", "peft", "vllm", "sglang" or "llama.cpp": what may go along, and which ranks it takes.
+        rank: None for the exact form as it is, a number for the best approximation of that rank, or a `Rank`. Dual
+            LoRA has no exact form: it needs a number or `Rank(max_error=…)`.
+        dtype: of the file; None keeps the adapter's, but float32 at least, since scaling is multiplied in.
+        force: replace a folder that is not empty.
+
+    Raises:
+        ValueError: ΔW has no such form (MASA's router without calibration, Dual LoRA without a rank), the engine
+            can't take what the adapter holds, or it holds NaN or Inf.
+    """
+    target, rules = Path(output_dir), engine_named(engine)
+    rank = rank if isinstance(rank, Rank) else Rank(rank=rank)
+    check_target(target, force)
+    layers = adapted(model, adapter_name)
+    named = {factors.module_name: factors for _, factors in layers}
+    config: AdapterConfig | LoraConfig = model.peft_config[adapter_name]  # type: ignore
+    extras = _trained_in_full(model, config, adapter_name)
+    _check_engine(rules, model, layers, extras)
+    weights = {name: lora_factors(factors, rank) for name, factors in named.items()}
+    width = rules.rank(max([*(len(A) for A, _ in weights.values()), rank.rank or 1]))
+    state, modules = {}, []
+    for name, (A, B) in weights.items():
+        wanted = dtype or torch.promote_types(named[name].lora_A.dtype, torch.float32)
+        A, B = A.to(wanted), B.to(wanted)
+        modules.append(ExportedModule(name, len(A), *difference(named[name], A, B)))
+        state[f"{ROOT}{name}.lora_A.weight"] = pad(A, width, 0)
+        state[f"{ROOT}{name}.lora_B.weight"] = pad(B, width, 1)
+    exact = rank == Rank() or rank.exact
+    notes = sorted({note for factors in named.values() for note in factors.notes()})
+    kind, base = config.peft_type.value, config.base_model_name_or_path  # type: ignore[union-attr]
+    export = LoraExport(str(target), base, kind, engine, width, exact, modules, notes)
+    state.update({ROOT + key.removeprefix(ROOT): tensor for key, tensor in extras.items()})
+    plain = plain_config(model, config, list(named), width)
+    with replaced_folder(target) as folder:
+        error = f"{export.error:.3e}"
+        write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, state, exported_from=export.method, relative_error=error)
+        plain.save_pretrained(str(folder))
+        (folder / "README.md").write_text(_card(export, config), encoding="utf-8")
+    return export
+
+
+@torch.no_grad()
+def lora_factors(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
+    """A and B of one module, scaling included, not padded.
+
+    Raises:
+        ValueError: there is no exact form and no rank is asked for, or ΔW is not finite.
+    """
+    form = factors.lora_form()
+    if form is None:
+        if rank.rank is None and rank.max_error is None:
+            raise ValueError(
+                f"ΔW of {factors.module_name} is no product of two factors, so this method has no exact LoRA form. "
+                "Its merged weights are exact (--format merged); or approximate it with --rank R or --max-error E "
+                "(rank=Rank(rank=R)), whose error is reported."
+            )
+        return _approximate(factors, rank)
+    for factor in form:
+        _check_finite(factor, factors)
+    if rank == Rank():
+        return form
+    svd = svd_of_product(*form)
+    return svd.factors(svd.rank() if rank.exact else min(rank.rank or _smallest(svd, rank.max_error), svd.S.numel()))
+
+
+def _approximate(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
+    out_features, in_features = factors.out_features, factors.in_features
+    full = min(out_features, in_features)
+    width = min(rank.rank or 16, full)
+    while True:
+        svd = randomized_svd(factors.delta_weight, out_features, in_features, width)
+        _check_finite(svd.S, factors)
+        if rank.rank is not None:
+            return svd.factors(width)
+        if svd.error(width) <= rank.max_error or width == full:  # type: ignore[operator]
+            return svd.factors(_smallest(svd, rank.max_error))
+        width = min(2 * width, full)
+
+
+def _smallest(svd: Any, max_error: float | None) -> int:
+    assert max_error is not None
+    return next(k for k in range(1, svd.S.numel() + 1) if svd.error(k) <= max_error or k == svd.S.numel())
+
+
+def _check_finite(tensor: Tensor, factors: Update) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"The adapter holds NaN or Inf on {factors.module_name}: it is broken; load an earlier checkpoint."
+        )
+
+
+def compare(exported: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+    """Module → relative error ‖ΔW − B A‖_F / ‖ΔW‖_F of an exported LoRA against the adapter it was made from.
+
+    Raises:
+        ValueError: the folder is no plain LoRA, or it does not adapt the same modules.
+    """
+    pairs = read_lora(exported)
+    named = {factors.module_name: factors for _, factors in adapted(model, adapter_name)}
+    if apart := sorted(set(pairs) ^ set(named)):
+        raise ValueError(f"{exported} is no export of this adapter: only one of them adapts {', '.join(apart[:5])}.")
+    return {name: difference(factors, *pairs[name])[1] for name, factors in named.items()}
+
+
+def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → A and B of a plain LoRA's file, scaling inside B.
+
+    Raises:
+        ValueError: the folder holds no plain LoRA.
+    """
+    check_adapter_files(os.fspath(folder))
+    config = PeftConfig.from_pretrained(os.fspath(folder))
+    if not isinstance(config, LoraConfig) or config.use_dora:
+        raise ValueError(f"{folder} is a {config.peft_type.value} adapter, not a plain LoRA.")
+    tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    pairs = {}
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removesuffix(".lora_A.weight")
+            module = name.removeprefix(ROOT)
+            r = _setting(config.rank_pattern, module, config.r)
+            alpha = _setting(config.alpha_pattern, module, config.lora_alpha)
+            scaling = alpha / (r**0.5 if config.use_rslora else r)
+            pairs[module] = A, tensors[f"{name}.lora_B.weight"].double() * scaling
+    return pairs
+
+
+def _setting(pattern: dict[str, float] | None, module: str, default: float) -> float:
+    pattern = pattern or {}
+    return pattern.get(get_pattern_key(list(pattern), module), default)
+
+
+def pad(factor: Tensor, width: int, dim: int) -> Tensor:
+    """`factor` with zeros up to `width` along `dim`."""
+    shape = list(factor.shape)
+    shape[dim] = width - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
+
+
+def plain_config(model: nn.Module, config: AdapterConfig | LoraConfig, modules: list[str], rank: int) -> LoraConfig:
+    """The LoraConfig that puts a LoRA of this rank on exactly these modules."""
+    wanted = set(modules)
+    layers = [m for m in model.modules() if isinstance(m, (AdapterLinear, LoraLayer))]
+    plain = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers),
+        bias=config.bias,  # type: ignore[arg-type]
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    names = _module_names(model)
+    # Servers know modules by the ends of their names; whole names are the last resort.
+    endings = {name.rpartition(".")[2] for name in modules}
+    depths = sorted({layer_depth(name, config.layers_pattern) for name in modules})
+    for targets, layers_to_transform in ((endings, None), (endings, depths), (wanted, None)):
+        plain.target_modules, plain.layers_to_transform = targets, layers_to_transform  # type: ignore
+        if {name for name in names if check_target_module_exists(plain, name)} == wanted:
+            break
+    return plain
+
+
+def _module_names(model: nn.Module) -> Iterable[str]:
+    """Names of the base model's modules, as they are without adapters."""
+    for name, _ in model.named_modules():
+        name = f"{name}.".removeprefix(ROOT)
+        yield name.replace(".base_layer.", ".").removesuffix(".")
+
+
+def _trained_in_full(model: nn.Module, config: AdapterConfig | LoraConfig, adapter_name: str) -> dict[str, Tensor]:
+    if not config.modules_to_save and config.bias == "none":
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    marks = ("_factors.", "_shared.", ".lora_")
+    return {key: tensor for key, tensor in state.items() if not any(mark in key for mark in marks)}
+
+
+def _check_engine(
+    engine: Engine, model: nn.Module, layers: list[tuple[BaseTunerLayer, Update]], extras: dict[str, Tensor]
+) -> None:
+    if extras and not engine.full_modules:
+        names = sorted(key.removeprefix(ROOT) for key in extras)
+        raise ValueError(
+            f"The adapter trained these in full, and a LoRA for {engine.name} can't carry them: {', '.join(names)}. "
+            "Export for stock PEFT (--engine peft), or merge everything (--format merged)."
+        )
+    tied_ones = set(tied_layers(model))
+    tied = [factors.module_name for layer, factors in layers if layer in tied_ones]
+    if tied and not engine.head:
+        raise ValueError(
+            f"The adapter changes {', '.join(tied)}, whose weight is also the input embedding; servers ignore or "
+            f"refuse a LoRA there (engine {engine.name}). Export for stock PEFT (--engine peft), or merge "
+            "(--format merged), which gives the head a weight of its own."
+        )
+
+
+def _card(export: LoraExport, config: AdapterConfig | LoraConfig) -> str:
+    how = "exactly" if export.exact else f"with a relative error of {export.error:.3g}"
+    notes = "".join(f"- {note}\n" for note in export.notes)
+    return (
+        f"---\nlibrary_name: peft\nbase_model: {config.base_model_name_or_path}\ntags:\n- lora\n---\n\n"
+        f"# {config.title if isinstance(config, AdapterConfig) else 'LoRA'}, as plain LoRA\n\n"
+        f"Exported {how} by loraplex: rank {export.rank}, scaling inside B. It needs no loraplex to load.\n\n{notes}"
+    )
