@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -106,6 +106,14 @@ class AdapterConfig(PeftConfig):
         """Whether layers read factors of other layers (MASA, ASLoRA)."""
         return False
 
+    def holding(self, rank: int, configs: list[AdapterConfig]) -> AdapterConfig:
+        """Settings of an adapter that can hold any sum of rank `rank` of adapters with these configs; scaling is 1.
+
+        Raises:
+            ValueError: no adapter of this method can.
+        """
+        raise ValueError(f"Updates of {self.title} don't add up to one adapter: merge them (merge_adapter) instead.")
+
     def rank(self, module_name: str) -> int:
         """Rank on the module `module_name`, `rank_pattern` taken into account."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
@@ -174,6 +182,12 @@ class AdapterConfig(PeftConfig):
                 f"(written by loraplex {written_by}). Remedy: {remedy}."
             )
         return super().check_kwargs(**kwargs)
+
+
+def unscaled(config: Any, r: int, **settings: Any) -> Any:
+    """`config` with another rank, and scaling 1 everywhere."""
+    plain = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return replace(config, **plain, **settings)
 
 
 def check_adapter_files(folder: str) -> None:

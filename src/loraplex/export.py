@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loraplex.config import AdapterConfig, check_adapter_files, check_count
-from loraplex.engines import PORTABLE, Engine, engine_named
+from loraplex.engines import ENGINES, PORTABLE, Engine, engine_named
 from loraplex.files import check_target, replaced_folder, write_tensors
 from loraplex.layer import AdapterLinear
 from loraplex.lowrank import randomized_svd, svd_of_product
@@ -114,16 +114,41 @@ def export_lora(
         ValueError: ΔW has no such form (MASA's router without calibration, Dual LoRA without a rank), the engine
             can't take what the adapter holds, or it holds NaN or Inf.
     """
-    target, rules = Path(output_dir), engine_named(engine)
+    target = Path(output_dir)
     rank = rank if isinstance(rank, Rank) else Rank(rank=rank)
     check_target(target, force)
+    config, state, modules = convert(model, adapter_name, engine_named(engine), rank, dtype)
+    source: AdapterConfig | LoraConfig = model.peft_config[adapter_name]  # type: ignore
+    updates = [update for _, update in adapted(model, adapter_name)]
+    export = LoraExport(
+        folder=str(target),
+        base_model=config.base_model_name_or_path,
+        method=source.peft_type.value,  # type: ignore[union-attr]
+        engine=engine,
+        rank=config.r,
+        exact=(rank == Rank() or rank.exact) and all(update.is_exact() for update in updates),
+        modules=modules,
+        notes=sorted({note for update in updates for note in update.notes()}),
+    )
+    with replaced_folder(target) as folder:
+        error = f"{export.error:.3e}"
+        write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, state, exported_from=export.method, relative_error=error)
+        config.save_pretrained(str(folder))
+        (folder / "README.md").write_text(_card(export, source), encoding="utf-8")
+    return export
+
+
+def convert(
+    model: nn.Module, adapter_name: str, engine: Engine, rank: Rank, dtype: torch.dtype | None = None
+) -> tuple[LoraConfig, dict[str, Tensor], list[ExportedModule]]:
+    """A LoRA's config and tensors, in memory; arguments and errors as `export_lora`."""
     layers = adapted(model, adapter_name)
-    named = {factors.module_name: factors for _, factors in layers}
-    config: AdapterConfig | LoraConfig = model.peft_config[adapter_name]  # type: ignore
-    extras = _trained_in_full(model, config, adapter_name)
-    _check_engine(rules, model, layers, extras)
-    weights = {name: lora_factors(factors, rank) for name, factors in named.items()}
-    width = rules.rank(max([*(len(A) for A, _ in weights.values()), rank.rank or 1]))
+    named = {update.module_name: update for _, update in layers}
+    source: AdapterConfig | LoraConfig = model.peft_config[adapter_name]  # type: ignore
+    extras = _trained_in_full(model, source, adapter_name)
+    _check_engine(engine, model, layers, extras)
+    weights = {name: lora_factors(update, rank) for name, update in named.items()}
+    width = engine.rank(max([*(len(A) for A, _ in weights.values()), rank.rank or 1]))
     state, modules = {}, []
     for name, (A, B) in weights.items():
         wanted = dtype or torch.promote_types(named[name].lora_A.dtype, torch.float32)
@@ -131,18 +156,29 @@ def export_lora(
         modules.append(ExportedModule(name, len(A), *difference(named[name], A, B)))
         state[f"{ROOT}{name}.lora_A.weight"] = pad(A, width, 0)
         state[f"{ROOT}{name}.lora_B.weight"] = pad(B, width, 1)
-    exact = rank == Rank() or rank.exact
-    notes = sorted({note for factors in named.values() for note in factors.notes()})
-    kind, base = config.peft_type.value, config.base_model_name_or_path  # type: ignore[union-attr]
-    export = LoraExport(str(target), base, kind, engine, width, exact, modules, notes)
     state.update({ROOT + key.removeprefix(ROOT): tensor for key, tensor in extras.items()})
-    plain = plain_config(model, config, list(named), width)
-    with replaced_folder(target) as folder:
-        error = f"{export.error:.3e}"
-        write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, state, exported_from=export.method, relative_error=error)
-        plain.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_card(export, config), encoding="utf-8")
-    return export
+    return plain_config(model, source, list(named), width), state, modules
+
+
+def convert_for_peft(
+    model: nn.Module, rank: float, adapter_name: str = "default"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What `peft.convert_to_lora` returns for an adapter of ours: exact where its rank allows, without an SVD of ΔW.
+
+    Args:
+        rank: an integer, or the share of Σσ² of each ΔW to keep; 1.0 keeps all.
+
+    Raises:
+        ValueError: as `export_lora`, or `rank` is out of range.
+    """
+    if isinstance(rank, int):
+        wanted = Rank(rank=rank)
+    elif not 0 < rank <= 1:
+        raise ValueError(f"rank={rank} as a share of Σσ² must lie between 0 and 1.")
+    else:
+        wanted = Rank() if rank == 1 else Rank(max_error=(1 - rank) ** 0.5)
+    config, state, _ = convert(model, adapter_name, ENGINES["peft"], wanted)
+    return config, state
 
 
 @torch.no_grad()
@@ -163,10 +199,10 @@ def lora_factors(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
         return _approximate(factors, rank)
     for factor in form:
         _check_finite(factor, factors)
-    if rank == Rank():
+    if rank == Rank() or (rank.rank is not None and rank.rank >= len(form[0])):
         return form
     svd = svd_of_product(*form)
-    return svd.factors(svd.rank() if rank.exact else min(rank.rank or _smallest(svd, rank.max_error), svd.S.numel()))
+    return svd.factors(svd.rank() if rank.exact else rank.rank or _smallest(svd, rank.max_error))
 
 
 def _approximate(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,14 @@ class Factors(nn.Module, ABC):
     def check_mergeable(self) -> None:
         """Raise a ValueError where ΔW is not a constant matrix. Nothing to check by default."""
 
+    def hold(self, A: Tensor, B: Tensor) -> None:
+        """Take on the update ΔW = B A, where the config's `holding` made room for it."""
+        raise NotImplementedError
+
+    def is_exact(self) -> bool:
+        """Whether ΔW is all that the adapter does to this layer."""
+        return True
+
     def notes(self) -> list[str]:
         """What a user should know who exports or merges this adapter."""
         return []
@@ -225,6 +233,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _put_back(self, kept: Any) -> None:
         weight = self.weight
         weight.data = kept.to(weight.device)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can convert the adapter: ΔW must be a constant matrix."""
+        factors = self.factors(adapter_name)
+        try:
+            if factors is not None:
+                factors.check_mergeable()
+        except ValueError:
+            return False
+        return True
 
     def untie(self) -> None:
         """Give the base layer a weight of its own until `unmerge`: merging must not change a tied embedding."""

@@ -25,6 +25,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraplex.combine import add_weighted_adapter
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
@@ -171,6 +172,27 @@ class AdapterModel(BaseTuner):
                 layer.untie()
 
     # Switching
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the adapter `adapter_name`, whose update is Σ wₖ ΔWₖ of adapters of one method, exactly.
+
+        Args:
+            adapters: their names.
+            weights: one factor for each, of any sign.
+            adapter_name: the new adapter; it is not activated.
+            combination_type: "cat" adds the ranks up; "linear" keeps the rank, for adapters with the same A.
+
+        Raises:
+            ValueError: the sum is no adapter of this method (Dual LoRA, MASA's router), or the arguments don't fit.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+    def shared(self, adapter_name: str) -> SharedFactors | None:
+        """What the layers of `adapter_name` share, or None."""
+        bank = find_bank(self.model)
+        return None if bank is None else bank.shared(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; the bank follows the layers in which one is active next."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import conversion
 from peft.utils.peft_types import PeftType, register_peft_method
+from torch import Tensor, nn
 
 from loraplex.config import AdapterConfig, check_adapter_files
+from loraplex.export import convert_for_peft
 from loraplex.model import AdapterModel
 
 
@@ -39,6 +44,31 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     return member
+
+
+def open_doors() -> None:
+    """Let PEFT's `convert_to_lora` and `save_as_lora` write our adapters from their factors.
+
+    PEFT's version would form every ΔW, decompose it, and stop at the bank of shared factors, which has none.
+    """
+    theirs = conversion.convert_to_lora
+
+    @wraps(theirs)
+    def convert_to_lora(
+        model: nn.Module,
+        rank: float,
+        adapter_name: str = "default",
+        progressbar: bool = False,
+        compile_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[LoraConfig, dict[str, Tensor]]:
+        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), AdapterConfig):
+            return convert_for_peft(model, rank, adapter_name)
+        return theirs(model, rank, adapter_name, progressbar, compile_kwargs)
+
+    # PEFT passes the name on from module to module; who imported it before loraplex keeps PEFT's.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and vars(module).get("convert_to_lora") is theirs:
+            module.convert_to_lora = convert_to_lora  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -57,6 +57,9 @@ class SharedFactors(nn.Module):
         """Names of parameters that no layer reads any more; they are not saved."""
         return []
 
+    def follow(self, others: list[SharedFactors]) -> None:
+        """Share as `others` do, whose sum this adapter holds."""
+
     def before_save(self, adapter_name: str) -> None:
         """Called when the adapter is about to be written."""
 

@@ -60,6 +60,10 @@ class PlainLora:
                 "merge it with PEFT's merge_and_unload."
             )
 
+    def is_exact(self) -> bool:
+        """True."""
+        return True
+
     def notes(self) -> list[str]:
         """None."""
         return []

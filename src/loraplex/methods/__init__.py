@@ -4,11 +4,12 @@ from loraplex.methods.aslora import AsLoraConfig, AsLoraModel
 from loraplex.methods.dual_lora import DualLoraConfig, DualLoraModel
 from loraplex.methods.masa import MasaConfig, MasaModel
 from loraplex.methods.multilora import MultiLoraConfig, MultiLoraModel
-from loraplex.registry import register
+from loraplex.registry import open_doors, register
 
 register(MultiLoraConfig, MultiLoraModel)
 register(AsLoraConfig, AsLoraModel)
 register(DualLoraConfig, DualLoraModel)
 register(MasaConfig, MasaModel)
+open_doors()
 
 __all__ = ["AsLoraConfig", "DualLoraConfig", "MasaConfig", "MultiLoraConfig"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_choice, check_count, check_steps
+from loraplex.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.schedule import Scheduled, StateOf, Stepped
@@ -133,7 +133,7 @@ class AsLoraShared(Scheduled):
         return None if start is None or interval is None else start + interval * most
 
     def finished(self) -> bool:
-        return all(self._merges_left(family) == 0 for family in self.families)
+        return all(self._merges_left(family) <= 0 for family in self.families)
 
     def describe(self) -> str:
         config = self.config
@@ -182,6 +182,18 @@ class AsLoraShared(Scheduled):
         for key in ("aslora_average", "aslora_steps"):
             gone.pop(key, None)
         logger.info("ASLoRA step %d: %s layer %d now reads layer %d's B", t, family, lower, upper)
+
+    def follow(self, others: list[Any]) -> None:
+        """Share a B between layers that share it in all of `others`."""
+        for family in self.families:
+            readers = list(zip(*(other.maps[family] for other in others), strict=True))
+            last = {B: layer for layer, B in enumerate(readers)}
+            mapped = [last[B] for B in readers]
+            merges = getattr(self, f"{family}__merges")
+            merges[0] = torch.tensor(mapped)
+            steps = [getattr(other, f"{family}__merges")[1] for other in others]
+            merges[1] = torch.stack(steps).amax(0) * (merges[0] != torch.arange(len(mapped), device=merges.device))
+            self.maps[family] = mapped
 
     # Saving and loading
 
@@ -273,6 +285,11 @@ class AsLoraFactors(Factors):
         shared, A = self.shared, f"{self.family}__lora_A"
         return linear(linear(self.dropout(x), read(shared, A, x)), self.lora_B.to(x.device)) * self.scaling
 
+    @torch.no_grad()
+    def hold(self, A: Tensor, B: Tensor) -> None:
+        self.lora_A.copy_(A)
+        self.shared.B(self.family, self.index).copy_(B)
+
     def lora_form(self) -> tuple[Tensor, Tensor]:
         return wide(self.lora_A), self.scaling * wide(self.lora_B)
 
@@ -308,6 +325,9 @@ class AsLoraConfig(AdapterConfig):
             check_count("num_merges", self.num_merges, minimum=0)
         check_choice("merge_candidates", self.merge_candidates, ("adjacent", "all"))
         check_choice("merge_distance", self.merge_distance, ("factor", "update"))
+
+    def holding(self, rank: int, configs: list[AdapterConfig]) -> AsLoraConfig:
+        return unscaled(self, rank, num_merges=0)
 
     @property
     def shares_across_layers(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_choice, check_count
+from loraplex.config import AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.sharing import Member, SharedFactors, read
@@ -90,6 +90,12 @@ class MasaFactors(Factors):
         gate = torch.ones(self.num_experts) if self.mixing == "sum" else self.mean_gate
         return torch.einsum("n,nri->ri", gate.to(A), A.view(self.num_experts, self.r, -1)), B  # type: ignore[union-attr]
 
+    @torch.no_grad()
+    def hold(self, A: Tensor, B: Tensor) -> None:
+        # Each layer of the group writes the same experts.
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+
     def check_mergeable(self) -> None:
         if self.mixing == "router" and self.mean_gate is None:
             raise ValueError(
@@ -98,8 +104,11 @@ class MasaFactors(Factors):
                 'mean gates (an approximation, whose error it reports), or train with "sum" or "concat".'
             )
 
+    def is_exact(self) -> bool:
+        return self.mixing != "router"
+
     def notes(self) -> list[str]:
-        if self.mixing != "router":
+        if self.is_exact():
             return []
         return ["The router's gates were replaced by their means over calibration text: an approximation."]
 
@@ -130,6 +139,13 @@ class MasaConfig(AdapterConfig):
         if self.share_layers is not None:
             check_count("share_layers", self.share_layers)
         check_choice("expert_mixing", self.expert_mixing, ("router", "sum", "concat"))
+
+    def holding(self, rank: int, configs: list[AdapterConfig]) -> MasaConfig:
+        sizes = {config.group_size for config in configs}  # type: ignore[attr-defined]
+        if len(sizes) > 1:
+            raise ValueError(f"The adapters share experts between {sorted(sizes)} layers: only equal groups add up.")
+        r = self.r if rank % self.r == 0 else rank
+        return unscaled(self, r, num_experts=rank // r, share_layers=self.group_size, expert_mixing="concat")
 
     @property
     def group_size(self) -> int:

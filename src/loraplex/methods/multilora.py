@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_choice, check_count
+from loraplex.config import AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 
@@ -33,6 +33,12 @@ class MultiLoraFactors(Factors):
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
         return wide(self.lora_A), self._scaled(wide(self.lora_B), wide(self.lora_scaling))
+
+    @torch.no_grad()
+    def hold(self, A: Tensor, B: Tensor) -> None:
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self.lora_scaling.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(linear(self.dropout(x), self.lora_A), self._scaled(self.lora_B, self.lora_scaling))
@@ -61,6 +67,10 @@ class MultiLoraConfig(AdapterConfig):
         super().__post_init__()
         check_count("num_modules", self.num_modules)
         check_choice("scaling_granularity", self.scaling_granularity, ("channel", "module"))
+
+    def holding(self, rank: int, configs: list[AdapterConfig]) -> MultiLoraConfig:
+        r = self.r if rank % self.r == 0 else rank
+        return unscaled(self, r, num_modules=rank // r)
 
 
 class MultiLoraModel(AdapterModel):
