@@ -166,7 +166,7 @@ class AdapterConfig(PeftConfig):
         # Read from a file: if its weights turn out not to fit, the adapter is taken off the model again.
         config._unproven = True
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-        config._missing_weights = weights if os.path.isdir(folder) and not os.path.isfile(weights) else None
+        config._weights = weights if os.path.isdir(folder) else None
         return config
 
     @classmethod

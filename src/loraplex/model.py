@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import (
@@ -22,6 +25,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -67,6 +71,7 @@ class AdapterModel(BaseTuner):
                 active = adapter_name in self.active_adapters and not config.inference_mode
                 bank.shared(adapter_name).requires_grad_(active)  # type: ignore[union-attr]
                 bank._active_adapter = self.active_adapters
+            _check_weights(model, adapter_name, config)
         except Exception:
             take_off(model, adapter_name)
             _restore(before)
@@ -363,8 +368,9 @@ def _shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[s
 
 def _check_config(model: nn.Module, config: AdapterConfig) -> None:
     """Raise a ValueError if the weights are missing, or a listed target is: PEFT ignores it beside others."""
-    if config.inference_mode and (missing := getattr(config, "_missing_weights", None)):
-        raise ValueError(f"{missing} is missing: the folder holds settings but no weights. Copy the adapter again.")
+    weights = getattr(config, "_weights", None)
+    if config.inference_mode and weights and not os.path.isfile(weights):
+        raise ValueError(f"{weights} is missing: the folder holds settings but no weights. Copy the adapter again.")
     targets = config.target_modules
     if isinstance(targets, str) or targets is None or getattr(config, "_unproven", False):
         return
@@ -375,6 +381,32 @@ def _check_config(model: nn.Module, config: AdapterConfig) -> None:
             nearest = difflib.get_close_matches(target, endings, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ": see model.named_modules() for the names."
             raise ValueError(f"target_modules names {target!r}, but the model has no such module{hint}")
+
+
+def _check_weights(model: nn.Module, adapter_name: str, config: AdapterConfig) -> None:
+    """Raise a ValueError if the local file that the adapter is about to be loaded from does not fit the model."""
+    weights = getattr(config, "_weights", None)
+    if not weights or not os.path.isfile(weights):
+        return
+    method = config.method.lower()
+    state: dict[str, Tensor] = {}
+    with safe_open(weights, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            name, count = re.subn(rf"\.?({method}_(?:factors|shared))\.", rf".\1.{adapter_name}.", key, count=1)
+            if count:
+                stored = tensors.get_slice(key)
+                name = name.removeprefix("base_model.model.")
+                # A schedule's few integers say which factors are missing on purpose; of factors the shape is enough.
+                counted = stored.get_dtype().startswith("I")
+                shape = stored.get_shape()
+                state[name] = tensors.get_tensor(key) if counted else torch.empty(shape, device="meta")
+    for prefix, shared in _shared_with_prefix(model, adapter_name):
+        shared.fill_stale(prefix, state)
+    marks = (f"{method}_factors.{adapter_name}.", f"{method}_shared.{adapter_name}.")
+    model_state = model.state_dict()
+    expected = {key: tensor for key, tensor in model_state.items() if any(mark in key for mark in marks)}
+    if problem := _mismatch(expected, state, model_state, config):
+        raise ValueError(problem)
 
 
 def _mismatch(

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import conversion
 from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loraplex.config import AdapterConfig, check_adapter_files
 from loraplex.export import convert_for_peft
@@ -95,8 +96,11 @@ def add_adapter(model: PeftModel, adapter_name: str, config: AdapterConfig, **kw
         model.add_adapter(adapter_name, config, **kwargs)
 
 
-def load_adapter(model: PeftModel, path: str, adapter_name: str, **kwargs: Any) -> Any:
-    """Load a saved adapter of any loraplex method; keyword arguments go to `PeftModel.load_adapter`.
+def load_adapter(model: PeftModel | PreTrainedModel, path: str, adapter_name: str, **kwargs: Any) -> Any:
+    """Load a saved adapter of any loraplex method; keyword arguments go to the model's own `load_adapter`.
+
+    On a transformers model this checks that the files fit before it touches the model; `model.load_adapter` notices
+    only afterwards, or leaves what is missing at random.
 
     Raises:
         ValueError: the model's first adapter is none of ours, or the files are not an adapter for this model.
@@ -104,12 +108,16 @@ def load_adapter(model: PeftModel, path: str, adapter_name: str, **kwargs: Any) 
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    _check_host(model)
+    if isinstance(model, PeftModel):
+        _check_host(model)
     if os.path.isdir(path):
         check_adapter_files(path)
     method = PeftConfig._get_peft_type(path)
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(method, object), AdapterConfig):
         raise ValueError(f"{path} is a {method} adapter, none of loraplex: load it with PeftModel.from_pretrained.")
+    if not isinstance(model, PeftModel):
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(path)
+        return model.load_adapter(path, adapter_name, peft_config=config, **kwargs)
     with _accepting(model, method):
         return model.load_adapter(path, adapter_name, **kwargs)
 
