@@ -12,6 +12,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraplex import base_weight
 from loraplex.config import AdapterConfig
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -99,7 +100,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merge_error = 0.0
         """Of the last merge: ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base layer stores."""
-        self._unmerged: Any = None
+        self._unmerged: tuple[Any, ...] | None = None
         self._tied_weight: nn.Parameter | None = None
         inner = self.get_base_layer()
         self.in_features: int
@@ -152,6 +153,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
+        if self.training and not base_weight.passes_gradient(self, x, result):
+            raise ValueError(
+                f"{self.module_name} passes no gradient to its input: its quantised "
+                f"{type(self.get_base_layer()).__name__} is for inference only, and the layers before it would not be "
+                "trained. Quantise weights only (torchao: "
+                'Int8WeightOnlyConfig; GPTQ: backend="gptq_torch"), or use bitsandbytes.'
+            )
         if self.merged_adapters:
             return result
         dtype = result.dtype
@@ -170,7 +178,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             )
         if self.merged_adapters:
             raise ValueError(f"adapter_names can't be used while {self.merged_adapters} are merged: unmerge first.")
-        result = self.base_layer(x, *args, **kwargs)
+        # Cloned: bitsandbytes returns views made inside autograd functions, which can't be written to.
+        result = self.base_layer(x, *args, **kwargs).clone()
         for adapter_name in dict.fromkeys(adapter_names):
             factors = self.factors(adapter_name)
             if factors is not None:
@@ -183,11 +192,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Raise a ValueError where the base can't take a merged weight, or an adapter has no constant ΔW."""
         present = [factors for name in adapter_names if (factors := self.factors(name)) is not None]
         if present and self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise ValueError(
-                f"Can't merge into {self.module_name}: its weight is quantised with "
-                f"{self.quantization_backend.backend_name}, which can't be written. Merge into the base model in "
-                "bfloat16 or float32, or serve the adapter unmerged."
-            )
+            raise ValueError(self._cannot_merge())
         for factors in present:
             factors.check_mergeable()
 
@@ -203,13 +208,30 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             adapter_names: which adapters; None merges the active ones.
 
         Raises:
-            ValueError: see `check_mergeable`, or `safe_merge` found NaN or Inf. The weight is unchanged then.
+            ValueError: see `check_mergeable`, or `safe_merge` found NaN or Inf. Nothing stays merged then.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if self.factors(n) is not None]
         if not names:
             return
         self.check_mergeable(names)
-        weight = self.get_base_weight()
+        kept = base_weight.keep(self) if self._unmerged is None else self._unmerged
+        # Always from the weight before any merge: adding to a merged one would round, or quantise, the update twice.
+        names = [*self.merged_adapters, *names]
+        base_weight.put_back(self, kept)
+        self._unmerged, self.merged_adapters = None, []
+        try:
+            self.merge_error = self._add(names, safe_merge)
+        except base_weight.Unreadable as error:
+            base_weight.put_back(self, kept)
+            raise ValueError(f"{self._cannot_merge()} ({error})") from error
+        except Exception:
+            base_weight.put_back(self, kept)
+            raise
+        self._unmerged, self.merged_adapters = kept, names
+
+    def _add(self, names: list[str], safe_merge: bool) -> float:
+        """Write W + Σ ΔW, and return the share of Σ ΔW that was lost."""
+        weight = base_weight.read(self)
         # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
         total: Tensor = sum(self.factors(name).delta_weight() for name in names)  # type: ignore
         total = (total.T if self.fan_in_fan_out else total).to(weight.device)
@@ -220,19 +242,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 f"Merging {names} would write NaN or Inf into the weight of {self.module_name}: the adapter is broken; "
                 "load an earlier checkpoint."
             )
-        if self._unmerged is None:
-            # W + ΔW − ΔW ≠ W in floating point, and loops that merge at every step would drift.
-            self._unmerged = self._kept_weight()
-        self.set_base_weight(total.to(weight.dtype))
-        self.merge_error = ((self.get_base_weight() - total).norm() / norm).item() if norm else 0.0
-        self.merged_adapters.extend(names)
+        stored = base_weight.write(self, total.to(weight.dtype))
+        return ((stored - total).norm() / norm).item() if norm else 0.0
 
-    def _kept_weight(self) -> Any:
-        return self.weight.detach().to("cpu", copy=True)
-
-    def _put_back(self, kept: Any) -> None:
-        weight = self.weight
-        weight.data = kept.to(weight.device)
+    def _cannot_merge(self) -> str:
+        backend: Any = self.quantization_backend
+        return (
+            f"Can't merge into {self.module_name}: its weight is quantised with {backend.backend_name} "
+            f"({type(self.get_base_layer()).__name__}), which can't be written. Merge into the base model in bfloat16 "
+            "or float32, or serve the adapter unmerged."
+        )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` can convert the adapter: ΔW must be a constant matrix."""
@@ -254,9 +273,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put back the exact weight that `merge` found."""
         if self._unmerged is not None:
-            self._put_back(self._unmerged)
-            self._unmerged = None
-            self.merged_adapters.clear()
+            base_weight.put_back(self, self._unmerged)
+            self._unmerged, self.merged_adapters = None, []
         if self._tied_weight is not None:
             self.get_base_layer().weight = self._tied_weight
             self._tied_weight = None

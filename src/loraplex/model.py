@@ -154,14 +154,19 @@ class AdapterModel(BaseTuner):
         if merge:
             # Before the first layer is replaced: a refusal half-way would leave a torn model.
             self._check_mergeable(adapter_names)
-            if safe_merge:
+            layers = (module for module in self.model.modules() if isinstance(module, AdapterLinear))
+            if any(layer.quantization_backend is not None for layer in layers):
+                # Quantising again can fail at any layer, so all are merged before one is replaced.
+                self.merge_adapter(adapter_names, safe_merge)
+                merge = False
+            elif safe_merge:
                 self.merge_adapter(adapter_names, safe_merge=True)
                 self.unmerge_adapter()
         model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
             merge, progressbar, safe_merge, adapter_names
         )
         model._modules.pop(BANK, None)
-        if not safe_merge:
+        if merge and not safe_merge:
             _warn_of_loss(self.merge_errors)
         return model
 
@@ -303,7 +308,7 @@ def find_bank(model: nn.Module) -> FactorBank | None:
 
 def _warn_of_loss(errors: dict[str, float]) -> None:
     """Say where merging kept less than half of an update."""
-    lost = {name: error for name, error in errors.items() if error > 0.5}
+    lost = {name: error for name, error in errors.items() if not error <= 0.5}  # NaN too
     if lost:
         worst = max(lost, key=lost.__getitem__)
         logger.warning(
@@ -320,7 +325,7 @@ def _warn_of_loss(errors: dict[str, float]) -> None:
 def tied_layers(model: nn.Module) -> list[BaseTunerLayer]:
     """Adapted layers whose weight is a parameter of another module too, such as a head tied to the embedding."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    layers = (module for module in model.modules() if isinstance(module, (AdapterLinear, LoraLayer)))
+    layers = (m for m in model.modules() if isinstance(m, (AdapterLinear, LoraLayer)) and not m.quantization_backend)
     return [layer for layer in layers if uses[id(layer.weight)] > 1]
 
 

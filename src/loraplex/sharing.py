@@ -79,7 +79,9 @@ class FactorBank(nn.Module, BaseTunerLayer):
     no module.
     """
 
-    bias = None  # type: ignore[assignment]  # PEFT asks every tuner layer for its base layer's bias
+    # PEFT, torchao and accelerate ask every tuner layer for its base layer's.
+    bias = None  # type: ignore[assignment]
+    weight = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()

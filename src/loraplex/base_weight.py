@@ -1,0 +1,100 @@
+"""The weight of a base layer, plain or quantised: read, written, and put back exactly as it was.
+
+Quantised ones go through PEFT's backends: dequantise to read, quantise again to write. What was kept is the object
+itself, since quantising the same weight again gives other bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBackend
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from loraplex.layer import AdapterLinear
+
+
+class Unreadable(Exception):
+    """The quantisation's backend can't read or write this weight."""
+
+
+def keep(layer: AdapterLinear) -> tuple[Any, ...]:
+    """What `put_back` needs. In a tuple: torch would register a parameter or module that is an attribute."""
+    inner: Any = layer.get_base_layer()
+    match layer.quantization_backend:
+        case None:
+            # On the CPU: a copy of every adapted weight beside the weights themselves would not fit on many devices.
+            return (inner.weight.detach().to("cpu", copy=True),)
+        case HqqBackend():
+            return (layer.base_layer,)
+        case Bnb8bitBackend():
+            return inner.weight, inner.state.CB, inner.state.SCB
+        case _:
+            return (inner.weight,)
+
+
+def put_back(layer: AdapterLinear, kept: tuple[Any, ...]) -> None:
+    """Restore what `keep` found, bit for bit."""
+    inner: Any = layer.get_base_layer()
+    match layer.quantization_backend:
+        case None:
+            inner.weight.data = kept[0].to(inner.weight.device)
+        case HqqBackend():
+            layer.base_layer = kept[0]
+        case Bnb8bitBackend():
+            inner.weight = kept[0]
+            inner.state.reset_grads()
+            inner.state.CB, inner.state.SCB = kept[1:]
+        case Bnb4bitBackend():
+            inner.weight = kept[0]
+            # PEFT clears it on the weight that it replaces: the next move to a device would quantise it again.
+            inner.weight.bnb_quantized = True
+            inner.quant_state = inner.weight.quant_state
+        case _:
+            inner.weight = kept[0]
+
+
+def read(layer: AdapterLinear) -> Tensor:
+    """The weight, dequantised if need be: a copy or the weight itself."""
+    inner: Any = layer.get_base_layer()
+    state = inner.weight.quant_state if isinstance(layer.quantization_backend, Bnb4bitBackend) else None
+    if getattr(state, "packing_format_for_cpu", False):
+        # In evaluation mode on CPUs with AVX512-BF16, bitsandbytes packs the weight in a way that it can't dequantise.
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        inner.weight = packed = copy.deepcopy(inner.weight)
+        packed.data, packed.quant_state = _convert_weight_packed_for_cpu_inverse(packed.data, packed.quant_state)
+    try:
+        return layer.get_base_weight()
+    except Exception as error:
+        raise Unreadable(str(error)) from error
+
+
+def write(layer: AdapterLinear, weight: Tensor) -> Tensor:
+    """Store `weight`, quantised if need be, and return it as it is stored.
+
+    Raises:
+        Unreadable: the backend can't do it, or has written it back in another format.
+    """
+    inner: Any = layer.get_base_layer()
+    kind, bias = type(getattr(inner, "weight", None)), inner.bias
+    try:
+        layer.set_base_weight(weight)
+    except Exception as error:
+        raise Unreadable(str(error)) from error
+    new: Any = layer.get_base_layer()
+    if new is not inner:
+        # PEFT's HQQ backend makes a new layer, without the bias.
+        new.bias = bias
+    elif type(new.weight) is not kind:
+        raise Unreadable(f"its {kind.__name__} was written back as {type(new.weight).__name__}.")
+    return read(layer)
+
+
+def passes_gradient(layer: AdapterLinear, x: Tensor, result: Tensor) -> bool:
+    """Whether a quantised layer lets gradients through to its input; some are made for inference only."""
+    asked = layer.quantization_backend is not None and torch.is_grad_enabled() and x.requires_grad
+    return not asked or result.requires_grad
