@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBackend
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from loraplex.layer import AdapterLinear
@@ -31,30 +31,35 @@ def keep(layer: AdapterLinear) -> tuple[Any, ...]:
         case HqqBackend():
             return (layer.base_layer,)
         case Bnb8bitBackend():
-            return inner.weight, inner.state.CB, inner.state.SCB
+            return inner.weight, inner.weight.SCB if inner.state.SCB is None else inner.state.SCB
         case _:
             return (inner.weight,)
 
 
 def put_back(layer: AdapterLinear, kept: tuple[Any, ...]) -> None:
-    """Restore what `keep` found, bit for bit."""
+    """Restore what `keep` found, bit for bit, on the device where the layer is now."""
     inner: Any = layer.get_base_layer()
     match layer.quantization_backend:
         case None:
             inner.weight.data = kept[0].to(inner.weight.device)
         case HqqBackend():
-            layer.base_layer = kept[0]
+            layer.base_layer = kept[0].to(inner.W_q.device)
         case Bnb8bitBackend():
-            inner.weight = kept[0]
+            weight, scales = kept
+            device = inner.weight.device
+            inner.weight = weight = weight.to(device)
             inner.state.reset_grads()
-            inner.state.CB, inner.state.SCB = kept[1:]
+            weight.CB, weight.SCB = weight.data, scales.to(device)
         case Bnb4bitBackend():
-            inner.weight = kept[0]
-            # PEFT clears it on the weight that it replaces: the next move to a device would quantise it again.
-            inner.weight.bnb_quantized = True
-            inner.quant_state = inner.weight.quant_state
+            weight = kept[0]
+            # PEFT clears it on the weight that it replaces: a move to a device would quantise it again.
+            weight.bnb_quantized = True
+            inner.weight = weight = weight.to(inner.weight.device)
+            inner.quant_state = weight.quant_state
         case _:
-            inner.weight = kept[0]
+            weight = kept[0]
+            stayed = weight.device == inner.weight.device
+            inner.weight = weight if stayed else nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
 
 
 def read(layer: AdapterLinear) -> Tensor:
@@ -77,10 +82,9 @@ def write(layer: AdapterLinear, weight: Tensor) -> Tensor:
     """Store `weight`, quantised if need be, and return it as it is stored.
 
     Raises:
-        Unreadable: the backend can't do it, or has written it back in another format.
+        Unreadable: the backend can't do it.
     """
     inner: Any = layer.get_base_layer()
-    kind, bias = type(getattr(inner, "weight", None)), inner.bias
     try:
         layer.set_base_weight(weight)
     except Exception as error:
@@ -88,9 +92,7 @@ def write(layer: AdapterLinear, weight: Tensor) -> Tensor:
     new: Any = layer.get_base_layer()
     if new is not inner:
         # PEFT's HQQ backend makes a new layer, without the bias.
-        new.bias = bias
-    elif type(new.weight) is not kind:
-        raise Unreadable(f"its {kind.__name__} was written back as {type(new.weight).__name__}.")
+        new.bias = inner.bias
     return read(layer)
 
 

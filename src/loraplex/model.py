@@ -117,9 +117,14 @@ class AdapterModel(BaseTuner):
                 "would do nothing. Put it into exclude_modules."
             )
         quantization = get_quantization_kwargs(self.model)
-        if not isinstance(base, (nn.Linear, Conv1D)) and (
-            (backend := resolve_quantization_backend(base, **quantization)) is None or backend.layer_type != "linear"
-        ):
+        try:
+            backend = resolve_quantization_backend(base, **quantization)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} is quantised with torchao, but the model does not say how ({error}). Load it with "
+                "quantization_config=TorchAoConfig(…), and adapt the whole model, not a part of it."
+            ) from error
+        if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
             raise ValueError(
                 f"{name} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be adapted. "
                 "Leave it out of target_modules, or train it in full with modules_to_save."
