@@ -295,7 +295,7 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _compare(exported: Path, source: Path) -> dict[str, float]:
     _quiet()
-    from loraplex.export import compare
+    from loraplex.plain import compare
     from loraplex.training.adapted import labels_of, load_on_skeleton, run_of
 
     run = run_of(source, None, [], [], needs_data=False)

@@ -18,6 +18,8 @@ class Engine:
     """Whether modules and biases that were trained in full can go along."""
     head: bool = False
     """Whether an adapter on an output head that shares its weight with the embedding is applied."""
+    together: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+    """Where one of the first names is adapted, the second ones have to be in the file too; with zeros if need be."""
     command: str = ""
     """How to serve {folder} with rank {rank} on {base}."""
 
@@ -38,24 +40,35 @@ class Engine:
         return min(fitting)
 
 
+# SGLang computes these in one product and stops at an adapter that has only a part of them: it fills in k and up by
+# itself, but not q, v and gate.
+_FUSED = ((("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj")), (("up_proj",), ("gate_proj",)))
+
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine(PORTABLE),
+        Engine(PORTABLE, together=_FUSED),
         Engine("peft", full_modules=True, head=True, command="PeftModel.from_pretrained(base, {folder!r})"),
         Engine(
             "vllm",
             # vLLM's MaxLoRARanks; --max-lora-rank takes no other value.
-            ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+            ranks=(8, 16, 32, 64, 128, 256, 320, 512),
+            head=True,
             command="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
         ),
         Engine(
             "sglang",
+            head=True,
+            together=_FUSED,
             command="python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths NAME={folder}",
         ),
         Engine(
             "llama.cpp",
-            command="python convert_lora_to_gguf.py {folder} --base {base}",
+            command=(
+                "python convert_hf_to_gguf.py {base} --outfile base.gguf\n"
+                "python convert_lora_to_gguf.py {folder} --base {base} --outfile adapter.gguf\n"
+                "llama-server -m base.gguf --lora adapter.gguf"
+            ),
         ),
     )
 }

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loraplex.config import AdapterConfig, check_adapter_files, check_count
+from loraplex.config import AdapterConfig, check_count
 from loraplex.engines import ENGINES, PORTABLE, Engine, engine_named
 from loraplex.files import check_target, replaced_folder, write_tensors
-from loraplex.layer import AdapterLinear
 from loraplex.lowrank import randomized_svd, svd_of_product
 from loraplex.model import tied_layers
-from loraplex.sharing import layer_depth
+from loraplex.plain import partners, plain_config
 from loraplex.updates import ROOT, Update, adapted, difference
 
 
@@ -156,8 +151,12 @@ def convert(
         modules.append(ExportedModule(name, len(A), *difference(named[name], A, B)))
         state[f"{ROOT}{name}.lora_A.weight"] = pad(A, width, 0)
         state[f"{ROOT}{name}.lora_B.weight"] = pad(B, width, 1)
+    beside = partners(model, list(named), engine)
+    for name, (out_features, in_features) in beside.items():
+        state[f"{ROOT}{name}.lora_A.weight"] = torch.zeros(width, in_features, dtype=A.dtype)
+        state[f"{ROOT}{name}.lora_B.weight"] = torch.zeros(out_features, width, dtype=A.dtype)
     state.update({ROOT + key.removeprefix(ROOT): tensor for key, tensor in extras.items()})
-    return plain_config(model, source, list(named), width), state, modules
+    return plain_config(model, source, [*named, *beside], width, extras), state, modules
 
 
 def convert_for_peft(
@@ -231,85 +230,11 @@ def _check_finite(tensor: Tensor, factors: Update) -> None:
         )
 
 
-def compare(exported: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
-    """Module → relative error ‖ΔW − B A‖_F / ‖ΔW‖_F of an exported LoRA against the adapter it was made from.
-
-    Raises:
-        ValueError: the folder is no plain LoRA, or it does not adapt the same modules.
-    """
-    pairs = read_lora(exported)
-    named = {factors.module_name: factors for _, factors in adapted(model, adapter_name)}
-    if apart := sorted(set(pairs) ^ set(named)):
-        raise ValueError(f"{exported} is no export of this adapter: only one of them adapts {', '.join(apart[:5])}.")
-    return {name: difference(factors, *pairs[name])[1] for name, factors in named.items()}
-
-
-def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A and B of a plain LoRA's file, scaling inside B.
-
-    Raises:
-        ValueError: the folder holds no plain LoRA.
-    """
-    check_adapter_files(os.fspath(folder))
-    config = PeftConfig.from_pretrained(os.fspath(folder))
-    if not isinstance(config, LoraConfig) or config.use_dora:
-        raise ValueError(f"{folder} is a {config.peft_type.value} adapter, not a plain LoRA.")
-    tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-    pairs = {}
-    for key, A in tensors.items():
-        if key.endswith(".lora_A.weight"):
-            name = key.removesuffix(".lora_A.weight")
-            module = name.removeprefix(ROOT)
-            r = _setting(config.rank_pattern, module, config.r)
-            alpha = _setting(config.alpha_pattern, module, config.lora_alpha)
-            scaling = alpha / (r**0.5 if config.use_rslora else r)
-            pairs[module] = A, tensors[f"{name}.lora_B.weight"].double() * scaling
-    return pairs
-
-
-def _setting(pattern: dict[str, float] | None, module: str, default: float) -> float:
-    pattern = pattern or {}
-    return pattern.get(get_pattern_key(list(pattern), module), default)
-
-
 def pad(factor: Tensor, width: int, dim: int) -> Tensor:
     """`factor` with zeros up to `width` along `dim`."""
     shape = list(factor.shape)
     shape[dim] = width - shape[dim]
     return torch.cat([factor, factor.new_zeros(shape)], dim)
-
-
-def plain_config(model: nn.Module, config: AdapterConfig | LoraConfig, modules: list[str], rank: int) -> LoraConfig:
-    """The LoraConfig that puts a LoRA of this rank on exactly these modules."""
-    wanted = set(modules)
-    layers = [m for m in model.modules() if isinstance(m, (AdapterLinear, LoraLayer))]
-    plain = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers),
-        bias=config.bias,  # type: ignore[arg-type]
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-    )
-    names = _module_names(model)
-    # Servers know modules by the ends of their names; whole names are the last resort.
-    endings = {name.rpartition(".")[2] for name in modules}
-    depths = sorted({layer_depth(name, config.layers_pattern) for name in modules})
-    for targets, layers_to_transform in ((endings, None), (endings, depths), (wanted, None)):
-        plain.target_modules, plain.layers_to_transform = targets, layers_to_transform  # type: ignore
-        if {name for name in names if check_target_module_exists(plain, name)} == wanted:
-            break
-    return plain
-
-
-def _module_names(model: nn.Module) -> Iterable[str]:
-    """Names of the base model's modules, as they are without adapters."""
-    for name, _ in model.named_modules():
-        name = f"{name}.".removeprefix(ROOT)
-        yield name.replace(".base_layer.", ".").removesuffix(".")
 
 
 def _trained_in_full(model: nn.Module, config: AdapterConfig | LoraConfig, adapter_name: str) -> dict[str, Tensor]:
@@ -328,6 +253,10 @@ def _check_engine(
         raise ValueError(
             f"The adapter trained these in full, and a LoRA for {engine.name} can't carry them: {', '.join(names)}. "
             "Export for stock PEFT (--engine peft), or merge everything (--format merged)."
+        )
+    if engine.name == "llama.cpp" and any(layer.fan_in_fan_out for layer, _ in layers):  # type: ignore[attr-defined]
+        raise ValueError(
+            "llama.cpp's converter swaps the factors of Conv1D layers (GPT-2): merge instead (--format merged)."
         )
     tied_ones = set(tied_layers(model))
     tied = [factors.module_name for layer, factors in layers if layer in tied_ones]

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loraplex.config import check_adapter_files
-from loraplex.export import read_lora
 from loraplex.lowrank import svd_of_product
+from loraplex.plain import read_lora
 from loraplex.sharing import role
 
 _ROOT = "base_model.model."

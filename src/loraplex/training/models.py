@@ -132,7 +132,7 @@ def load_skeleton(
 
     Raises whatever `load_model` raises for the model's name, the task and the labels.
     """
-    path, options = _resolve_weights(model, source)
+    path, options = _resolve(model, source)
     auto: Any = AutoModelForCausalLM
     if task == "classification":
         names = _label_names(None, label_names)
