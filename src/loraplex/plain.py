@@ -43,7 +43,7 @@ def plain_config(
     endings = {name.rpartition(".")[2] for name in modules}
     depths = sorted({layer_depth(name, config.layers_pattern) for name in modules})
     for targets, layers_to_transform in ((endings, None), (endings, depths), (wanted, None)):
-        plain.target_modules, plain.layers_to_transform = targets, layers_to_transform
+        plain.target_modules, plain.layers_to_transform = targets, layers_to_transform  # type: ignore[assignment]
         if {name for name in names if check_target_module_exists(plain, name)} == wanted:
             break
     return plain
