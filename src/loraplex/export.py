@@ -148,6 +148,8 @@ def convert(
     for name, (A, B) in weights.items():
         wanted = dtype or torch.promote_types(named[name].lora_A.dtype, torch.float32)
         A, B = A.to(wanted), B.to(wanted)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(f"The update of {name} does not fit into {wanted}: choose dtype float32 or bfloat16.")
         modules.append(ExportedModule(name, len(A), *difference(named[name], A, B)))
         state[f"{ROOT}{name}.lora_A.weight"] = pad(A, width, 0)
         state[f"{ROOT}{name}.lora_B.weight"] = pad(B, width, 1)
@@ -207,10 +209,11 @@ def lora_factors(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
 def _approximate(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
     out_features, in_features = factors.out_features, factors.in_features
     full = min(out_features, in_features)
+    for parameter in factors.parameters():  # type: ignore[union-attr]
+        _check_finite(parameter, factors)
     width = min(rank.rank or 16, full)
     while True:
         svd = randomized_svd(factors.delta_weight, out_features, in_features, width)
-        _check_finite(svd.S, factors)
         if rank.rank is not None:
             return svd.factors(width)
         if svd.error(width) <= rank.max_error or width == full:  # type: ignore[operator]

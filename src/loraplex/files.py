@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,14 +30,20 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when not."""
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Not the process's id: in a container the next process often has the same one.
+    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    old = folder.with_suffix(".old")
     folder.mkdir()
     try:
         yield folder
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
             os.rename(target, old)
-        os.rename(folder, target)
+        try:
+            os.rename(folder, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
         if old.is_dir():
             shutil.rmtree(old)
         else:

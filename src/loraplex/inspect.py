@@ -115,7 +115,8 @@ def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "de
     if config["peft_type"] == "LORA" and not config.get("use_dora"):
         svds = {module: svd_of_product(A, B) for module, (A, B) in read_lora(folder).items()}
         description.modules = [
-            replace(row, rank=svds[row.module].rank(), norm=svds[row.module].norm) for row in description.modules
+            replace(row, rank=svd.rank(), norm=svd.norm) if (svd := svds.get(row.module)) else row
+            for row in description.modules
         ]
     return description
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,21 +119,22 @@ class _Plan:
         names = plain_names(model.get_base_model(), adapter_name)
         self.targets = {f"{name}.weight": pair for name, pair in layers.items()}
         # What the adapter trained in full is the only part of a meta model that is not on the meta device.
-        self.trained = {key: t for key, (t, trained) in names.items() if trained}
-        where = {key: file for file in sorted(base.glob("*.safetensors")) for key in _keys(file)}
-        first = {id(t): key for key, (t, _) in names.items() if key in where}
+        self.trained = {key: own for key, (own, _) in names.items() if not own.is_meta}
+        where = _files(base)
+        uses = Counter(id(original) for _, original in names.values())
+        tied = {key for key, (_, original) in names.items() if uses[id(original)] > 1}
+        # A weight that was tied to another and is changed gets a tensor of its own, and the others too.
+        self.untied = any(key in self.targets or key in self.trained for key in tied)
+        first = {id(original): key for key, (_, original) in names.items() if key in where}
         self.sources: dict[str, str] = {}
         self.files: dict[str, list[str]] = {}
-        last = next(reversed(where.values())).name
-        for key, (tensor, _) in names.items():
-            source = key if key in where else first.get(id(tensor))
+        for key, (_, original) in names.items():
+            source = key if key in where else first.get(id(original))
             if source is None and key not in self.trained:
                 raise OtherLayout(f"{base} has no tensor {key}")
-            if source == key or key in self.targets or key in self.trained:
+            if source == key or key in self.targets or key in self.trained or (self.untied and key in tied):
                 self.sources[key] = source or ""
-                self.files.setdefault(where[source].name if source else last, []).append(key)
-        # A head that was tied to the embedding has a weight of its own now.
-        self.untied = any(self.sources.get(key) not in (None, key) for key in self.targets)
+                self.files.setdefault(where[source] if source else max(where.values()), []).append(key)
 
     def read(self, file: str, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         with safe_open(self.base / file, framework="pt") as tensors:
@@ -141,9 +143,10 @@ class _Plan:
                 yield key, trained.detach().cpu() if trained is not None else tensors.get_tensor(self.sources[key])
 
 
-def plain_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, bool]]:
-    """Name in the plain model's state dict → tensor, and whether the adapter brings its value."""
-    names: dict[str, tuple[Tensor, bool]] = {}
+def plain_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name in the plain model's state dict → its tensor, the adapter's if it has one, and the base model's."""
+    own: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         parts = key.split(".")
         if BANK in parts or any(part.endswith("_factors") or part.startswith("lora_") for part in parts):
@@ -151,17 +154,24 @@ def plain_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, 
         if "modules_to_save" in parts:
             at = parts.index("modules_to_save")
             if parts[at + 1] == adapter_name:
-                names[".".join(parts[:at] + parts[at + 2 :])] = (tensor, True)
-            continue
-        name = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
-        if name not in names or "original_module" not in parts:
-            names[name] = (tensor, not tensor.is_meta)
-    return names
+                own[".".join(parts[:at] + parts[at + 2 :])] = tensor
+        else:
+            base[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+    return {key: (own.get(key, base.get(key)), base.get(key, own.get(key))) for key in {**base, **own}}  # type: ignore
 
 
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return list(tensors.keys())
+def _files(base: Path) -> dict[str, str]:
+    """Tensor → file, as transformers reads it: by the index if there is one."""
+    index = base / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    whole = base / SAFE_WEIGHTS_NAME
+    files = [whole] if whole.is_file() else sorted(base.glob("*.safetensors"))
+    where: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            where |= dict.fromkeys(tensors.keys(), file.name)
+    return where
 
 
 @torch.no_grad()

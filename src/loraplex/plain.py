@@ -43,7 +43,8 @@ def plain_config(
     endings = {name.rpartition(".")[2] for name in modules}
     depths = sorted({layer_depth(name, config.layers_pattern) for name in modules})
     for targets, layers_to_transform in ((endings, None), (endings, depths), (wanted, None)):
-        plain.target_modules, plain.layers_to_transform = targets, layers_to_transform  # type: ignore[assignment]
+        # In order, so that equal adapters give equal files.
+        plain.target_modules, plain.layers_to_transform = sorted(targets), layers_to_transform
         if {name for name in names if check_target_module_exists(plain, name)} == wanted:
             break
     return plain
@@ -66,7 +67,8 @@ def partners(model: nn.Module, names: list[str], engine: Engine) -> dict[str, tu
         for partner in others
     } - {*names}
     modules = {name.removeprefix(ROOT): module for name, module in model.named_modules()}
-    present = {name: modules[name] for name in sorted(wanted) if isinstance(modules.get(name), nn.Linear)}
+    kinds = (nn.Linear, AdapterLinear, LoraLayer)
+    present = {name: modules[name] for name in sorted(wanted) if isinstance(modules.get(name), kinds)}
     return {name: (module.out_features, module.in_features) for name, module in present.items()}
 
 
@@ -81,11 +83,16 @@ def compare(exported: str | os.PathLike[str], model: nn.Module, adapter_name: st
     pairs = {name: pair for name, pair in read_lora(exported).items() if name in named or pair[1].any()}
     if apart := sorted(set(pairs) ^ set(named)):
         raise ValueError(f"{exported} is no export of this adapter: only one of them adapts {', '.join(apart[:5])}.")
+    for name, update in named.items():
+        A, B = pairs[name]
+        shapes = (B.shape[0], A.shape[1]), (update.out_features, update.in_features)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{exported} is no export of this adapter: {name} is {shapes[0]} in it, not {shapes[1]}.")
     return {name: difference(update, *pairs[name])[1] for name, update in named.items()}
 
 
 def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → A and B of a plain LoRA's file, scaling inside B.
+    """Module → A and B of the linear layers in a plain LoRA's file, scaling inside B.
 
     Raises:
         ValueError: the folder holds no plain LoRA.
@@ -93,11 +100,12 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
     check_adapter_files(os.fspath(folder))
     config = PeftConfig.from_pretrained(os.fspath(folder))
     if not isinstance(config, LoraConfig) or config.use_dora:
-        raise ValueError(f"{folder} is a {config.peft_type.value} adapter, not a plain LoRA.")
+        kind = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
+        raise ValueError(f"{folder} is a {kind} adapter, not a plain LoRA.")
     tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
     pairs = {}
     for key, A in tensors.items():
-        if key.endswith(".lora_A.weight"):
+        if key.endswith(".lora_A.weight") and A.ndim == 2:
             name = key.removesuffix(".lora_A.weight")
             module = name.removeprefix(ROOT)
             r = _setting(config.rank_pattern, module, config.r)
