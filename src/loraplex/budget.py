@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from torch import Tensor, nn
+from torch import nn
 
 from loraplex.config import AdapterConfig, check_count
 from loraplex.layer import AdapterLinear
@@ -65,15 +65,15 @@ class Budget:
     optimizer_bytes: int
     """AdamW's two moments, and ASLoRA's running averages of B."""
     activation_bytes: int
-    """What the method keeps for backward beyond the frozen model; without gradient checkpointing."""
+    """What the method keeps for backward beyond the frozen model, at most; without gradient checkpointing."""
     excess: int | None = None
     """Of `match`: `parameters` minus what was asked for."""
 
     @property
     def step_bytes(self) -> int:
         """All parts of the memory together."""
-        memory = (self.weight_bytes, self.adapter_bytes, self.gradient_bytes)
-        return sum(memory) + self.optimizer_bytes + self.activation_bytes
+        adapter = self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return self.weight_bytes + adapter
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -98,22 +98,19 @@ def plan(model: nn.Module, config: PeftConfig, tokens: int = 4096, autocast: boo
     adapted = _adapt(model, config)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     parameters, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    # Before the merges, which leave the parameters in place: optimizers must not lose them.
     optimizer, file_bytes = 2 * gradients + _average_bytes(adapted), _file_bytes(adapted)
-    activations = _activation_bytes(adapted, tokens, autocast)
-    _merge_all(adapted)
     return Budget(
         method=config.peft_type.value,  # type: ignore[union-attr]
         settings=_settings(config, adapted),
         parameters=parameters,
         share=parameters / base_parameters,
         file_bytes=file_bytes,
-        merged_file_bytes=_file_bytes(adapted),
+        merged_file_bytes=_file_bytes(adapted) if _merge_all(adapted) else file_bytes,
         weight_bytes=before,
         adapter_bytes=_bytes(adapted) - before,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
-        activation_bytes=activations,
+        activation_bytes=_activation_bytes(adapted, tokens, autocast),
     )
 
 
@@ -126,7 +123,7 @@ def match(model: nn.Module, config: PeftConfig, parameters: int, tokens: int = 4
         ValueError: r changes nothing, because other fields fix every rank; or as for `plan`.
     """
     check_count("parameters", parameters)
-    lowest = _lowest_rank(config)
+    lowest = 1 + (config.r_magnitude or config.r_direction or 1) if isinstance(config, DualLoraConfig) else 1
     counted: dict[int, Budget] = {}
 
     def count(r: int) -> Budget:
@@ -134,25 +131,18 @@ def match(model: nn.Module, config: PeftConfig, parameters: int, tokens: int = 4
         return counted[r]
 
     first = max(lowest, config.r)  # type: ignore[attr-defined]
+    if count(first).parameters == parameters:
+        return replace(count(first), excess=0)
     # Most methods are nearly proportional to r, so that the second count often is the answer.
     second = max(lowest, round(first * parameters / count(first).parameters))
     second += second == first
     slope = (count(second).parameters - count(first).parameters) // (second - first)
     if slope == 0:
-        raise ValueError(
-            "r does not change the number of parameters: leave rank_pattern, or one of r_magnitude and r_direction, "
-            "out to match a budget."
-        )
+        raise ValueError("no rank follows r: leave rank_pattern, or r_magnitude or r_direction, out to match a budget.")
     constant = count(first).parameters - slope * first
     found = count(max(lowest, (parameters - constant + (slope - 1) // 2) // slope))
     assert found.parameters == constant + slope * found.settings["r"], "parameters are affine in r"
     return replace(found, excess=found.parameters - parameters)
-
-
-def _lowest_rank(config: PeftConfig) -> int:
-    if isinstance(config, DualLoraConfig):
-        return 1 + (config.r_magnitude or config.r_direction or 1)
-    return 1
 
 
 def _adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
@@ -176,11 +166,10 @@ def _adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
 
 def _settings(config: Any, adapted: PeftModel) -> dict[str, Any]:
     default = type(config)()
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    if config.target_modules is None:
-        values["target_modules"] = adapted.peft_config[_NAME].target_modules  # type: ignore[attr-defined]
-    shown = {"r": values["r"], "lora_alpha": values["lora_alpha"], "target_modules": values["target_modules"]}
-    changed = {k: v for k, v in values.items() if v != getattr(default, k) and k != "task_type"}
+    found: Any = adapted.peft_config[_NAME]
+    shown = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": found.target_modules}
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "task_type"}
+    changed = {k: v for k, v in values.items() if v is not None and v != getattr(default, k)}
     return {k: sorted(v) if isinstance(v, set) else v for k, v in {**shown, **changed}.items()}
 
 
@@ -193,20 +182,16 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _file_bytes(adapted: PeftModel) -> int:
+    """Size of the safetensors file that `save_pretrained` writes, from keys, types and shapes."""
+    layers = {name.rpartition(".")[2]: module for name, module in adapted.named_modules()}
     # PEFT saves a targeted embedding or head in full beside its adapter.
-    embeddings = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name, _ in _layers(adapted))
-    return safetensors_bytes(get_peft_model_state_dict(adapted, save_embedding_layers=embeddings))
-
-
-def safetensors_bytes(tensors: dict[str, Tensor]) -> int:
-    """Size in bytes of the file that `save_file(tensors, metadata={"format": "pt"})` writes; needs no values."""
-    order = list(_SAFETENSORS)
+    whole = any(isinstance(layers.get(name), (AdapterLinear, LoraLayer)) for name in EMBEDDING_LAYER_NAMES)
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=whole)
+    order, end = list(_SAFETENSORS), 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+    for key, tensor in sorted(state.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
         start, end = end, end + tensor.nbytes
-        kind = _SAFETENSORS[tensor.dtype]
-        header[key] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": _SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     # Eight bytes of length, and spaces that align the data to eight.
     return 8 + length + -length % 8 + end
@@ -216,11 +201,13 @@ def _aslora(adapted: PeftModel) -> AsLoraShared | None:
     return next((m for m in adapted.modules() if isinstance(m, AsLoraShared)), None)
 
 
-def _merge_all(adapted: PeftModel) -> None:
-    """ASLoRA after its last merge. Which layers merge decides training; the file's size depends on their number."""
-    if (shared := _aslora(adapted)) is not None:
-        for family, mapped in shared.maps.items():
-            shared.maps[family] = [max(layer, shared.num_merges(family)) for layer in range(len(mapped))]
+def _merge_all(adapted: PeftModel) -> bool:
+    """Let ASLoRA's lowest layers read one B; which layers merge decides training, and the size is the same."""
+    if (shared := _aslora(adapted)) is None:
+        return False
+    for family, mapped in shared.maps.items():
+        shared.maps[family] = [max(layer, shared.num_merges(family)) for layer in mapped]
+    return True
 
 
 # Memory
@@ -228,19 +215,23 @@ def _merge_all(adapted: PeftModel) -> None:
 
 def _average_bytes(adapted: PeftModel) -> int:
     """ASLoRA's B̄: float32, one per B of a family with merges to come."""
-    shared = _aslora(adapted)
-    if shared is None:
+    if (shared := _aslora(adapted)) is None:
         return 0
     merging = [family for family in shared.families if shared.num_merges(family) > 0]
     return sum(4 * shared.B(family, layer).numel() for family in merging for layer in shared.owners(family))
 
 
 def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
-    """What all layers keep: x (`tokens`, in), and what `_KEPT` says."""
+    """What all layers keep: x `(tokens, in)`, and what `_KEPT` says.
+
+    At most: where x is neither cast nor dropped out, the frozen model may keep it already, as attention does o_proj's.
+    """
     total, read = 0, set()
-    for name, layer in _layers(adapted):
-        lora = isinstance(layer, LoraLayer)
-        factors = layer if lora else layer.factors(_NAME)
+    for name, layer in adapted.named_modules():
+        lora = isinstance(layer, LoraLayer) and _NAME in layer.lora_A  # not on an embedding, which keeps little
+        if not lora and not isinstance(layer, AdapterLinear):
+            continue
+        factors: Any = layer if lora else layer.factors(_NAME)
         A = factors.lora_A[_NAME].weight if lora else factors.lora_A
         dropout = factors.lora_dropout[_NAME] if lora else factors.dropout
         s, c = (2, 2) if autocast else (A.element_size(), 0)
@@ -248,20 +239,14 @@ def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
         inputs = tokens * layer.in_features
         if isinstance(dropout, nn.Dropout):
             # Each draw keeps its result and, on a GPU, a mask of one byte per element.
-            total += _draws(factors) * inputs * (s + 1)
+            draws = factors.num_experts if isinstance(factors, MasaFactors) and factors.mixing == "sum" else 1
+            total += draws * inputs * (s + 1)
         elif autocast or layer.get_base_layer().weight.dtype != A.dtype:
             total += inputs * s  # a cast copy for each module
         elif (source := _source(name)) not in read:
             read.add(source)
             total += inputs * s
     return total
-
-
-def _layers(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Adapted layers. LoRA on embeddings is left out: it keeps next to nothing."""
-    for name, layer in adapted.named_modules():
-        if isinstance(layer, AdapterLinear) or (isinstance(layer, LoraLayer) and _NAME in layer.lora_A):
-            yield name, layer
 
 
 def _source(name: str) -> tuple[str, Any]:
@@ -271,14 +256,9 @@ def _source(name: str) -> tuple[str, Any]:
     return parent, next((i for i, stems in enumerate(_READ_TOGETHER) if stem in stems), last)
 
 
-def _draws(factors: Any) -> int:
-    """How many dropout masks a layer draws."""
-    return factors.num_experts if isinstance(factors, MasaFactors) and factors.mixing == "sum" else 1
-
-
-# What a layer keeps from forward to backward beside its input, in bytes. T tokens; s bytes per element that is computed
-# with; c bytes per element of a factor that autocast makes a copy of (0 without autocast). Parameters themselves are
-# counted elsewhere. Read off the forward of each method; tests/test_budget.py compares it with what autograd saves.
+# What a layer keeps from forward to backward beside its input, in bytes; read off the method's forward, and compared
+# with what autograd saves in tests/test_budget.py. T tokens; s bytes per element that is computed with; c bytes per
+# element of a factor that autocast makes a copy of (0 without autocast). Parameters themselves are counted elsewhere.
 
 
 def _kept_lora(layer: Any, T: int, s: int, c: int) -> int:
@@ -307,8 +287,8 @@ def _kept_masa(f: MasaFactors, T: int, s: int, c: int) -> int:
         return T * n * r * s + c * n * r * (i + o)  # [A₁ x; …; Aₙ x]
     if f.mixing == "sum":
         return T * r * s + r * i * s + c * r * o  # Σᵢ Aᵢ x and Σᵢ Aᵢ
-    # Aᵢ x, the gates, and their mixture
-    return T * (n * r + n + r) * s + c * (n * (r + 1) * i + r * o)
+    # Aᵢ x, the gates, and their mixture; and autocast casts x for A and once more for R
+    return T * (n * r + n + r) * s + c * (n * (r + 1) * i + r * o) + (T * i * s if c else 0)
 
 
 _KEPT: dict[type, Callable[[Any, int, int, int], int]] = {

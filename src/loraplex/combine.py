@@ -38,14 +38,20 @@ def add_weighted_adapter(
             f"The sum of {adapters} has the ranks {sorted(ranks)} on different modules, and one adapter has one rank: "
             "adapters with rank_pattern can't be combined. Export each with loraplex.export_lora and combine there."
         )
+    layouts = [part.layout() for name in adapters if (part := tuner.shared(name)) is not None]
+    if any(layout != layouts[0] for layout in layouts):
+        raise ValueError("The adapters share along other layers (layers_pattern): such factors don't add up.")
     tuner.peft_config[adapter_name] = configs[0].holding(ranks.pop(), configs)
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
+        # As PEFT does with every new adapter: float32 over a base of half precision.
+        tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
         for layer in layers:
             if id(layer) in sums:
                 layer.factors(adapter_name).hold(*sums[id(layer)])  # type: ignore[union-attr]
     except Exception:
-        tuner.delete_adapter(adapter_name)
+        if adapter_name in tuner.peft_config:
+            tuner.delete_adapter(adapter_name)
         raise
     shared = tuner.shared(adapter_name)
     if shared is not None:

@@ -179,6 +179,7 @@ def convert_for_peft(
     else:
         wanted = Rank() if rank == 1 else Rank(max_error=(1 - rank) ** 0.5)
     config, state, _ = convert(model, adapter_name, ENGINES["peft"], wanted)
+    config.target_modules = set(config.target_modules)  # type: ignore[arg-type,assignment]
     return config, state
 
 

@@ -269,6 +269,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.get_base_layer().weight = nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)
         self._tied_weight = tied
 
+    @property
+    def untied(self) -> bool:
+        """Whether the base layer has a weight of its own for now, which was tied to another module's."""
+        return self._tied_weight is not None
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the exact weight that `merge` found."""

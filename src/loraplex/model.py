@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -63,6 +64,7 @@ class AdapterModel(BaseTuner):
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         _check_config(model, config)
         before = [(p, p.requires_grad) for p in model.parameters()]
+        were_active = [(m, m.active_adapters[:]) for m in model.modules() if isinstance(m, BaseTunerLayer)]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             if config.shared_cls is not None:
@@ -73,8 +75,11 @@ class AdapterModel(BaseTuner):
                 bank._active_adapter = self.active_adapters
             _check_weights(model, adapter_name, config)
         except Exception:
+            for layer, names in were_active:
+                layer._active_adapter = names
             take_off(model, adapter_name)
             _restore(before)
+            self.peft_config.pop(adapter_name, None)
             raise
         if getattr(config, "_unproven", False):
             self.__dict__.setdefault("_before", {})[adapter_name] = before
@@ -138,14 +143,9 @@ class AdapterModel(BaseTuner):
 
         `merge_errors` tells afterwards what rounding to the base's dtype, or quantising again, cost each module.
         """
-        self._check_mergeable(adapter_names)
-        try:
+        with self._merging(adapter_names):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        except Exception:
-            self.unmerge_adapter()
-            raise
-        layers = (module for module in self.model.modules() if isinstance(module, AdapterLinear))
-        self.merge_errors = {layer.module_name: layer.merge_error for layer in layers if layer.merged}
+        self.merge_errors = {layer.module_name: layer.merge_error for layer in self._layers() if layer.merged}
         _warn_of_loss(self.merge_errors)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -156,35 +156,49 @@ class AdapterModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self.merge_errors = {}
-        if merge:
-            # Before the first layer is replaced: a refusal half-way would leave a torn model.
-            self._check_mergeable(adapter_names)
-            layers = (module for module in self.model.modules() if isinstance(module, AdapterLinear))
-            if any(layer.quantization_backend is not None for layer in layers):
-                # Quantising again can fail at any layer, so all are merged before one is replaced.
-                self.merge_adapter(adapter_names, safe_merge)
-                merge = False
-            elif safe_merge:
-                self.merge_adapter(adapter_names, safe_merge=True)
-                self.unmerge_adapter()
-        model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
-            merge, progressbar, safe_merge, adapter_names
-        )
+        if merge and (safe_merge or any(layer.quantization_backend is not None for layer in self._layers())):
+            # Either can fail at any layer, so all are merged before one is replaced; a failure half-way would leave a
+            # torn model.
+            self.merge_adapter(adapter_names, safe_merge)
+            merge = False
+        with self._merging(adapter_names if merge else []):
+            untied = [layer for layer in self._layers() if layer.untied]
+            model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+                merge, progressbar, safe_merge, adapter_names
+            )
         model._modules.pop(BANK, None)
-        if merge and not safe_merge:
+        if untied and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            # PEFT says and does the same, but only where it merges layer by layer.
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            warnings.warn(
+                "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in "
+                "the model config.",
+                stacklevel=3,
+            )
+        if merge:
             _warn_of_loss(self.merge_errors)
         return model
 
+    def _layers(self) -> list[AdapterLinear]:
+        return [module for module in self.model.modules() if isinstance(module, AdapterLinear)]
+
+    @contextmanager
+    def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
+        """Check first that all layers can merge, give tied ones a weight of their own; on an error unmerge all."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for layer in self._layers():
+            layer.check_mergeable(names)
+        for tied in tied_layers(self.model):
+            if isinstance(tied, AdapterLinear) and any(tied.factors(name) is not None for name in names):
+                tied.untie()
+        try:
+            yield
+        except Exception:
+            self.unmerge_adapter()
+            raise
+
     def _check_merge_allowed(self) -> None:
         """Nothing: PEFT's version warns of merging into tied weights, which get a copy of their own here."""
-
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        for layer in self.model.modules():
-            if isinstance(layer, AdapterLinear):
-                layer.check_mergeable(self.active_adapters if adapter_names is None else adapter_names)
-        for layer in tied_layers(self.model):
-            if isinstance(layer, AdapterLinear):
-                layer.untie()
 
     # Switching
 
@@ -203,6 +217,11 @@ class AdapterModel(BaseTuner):
             ValueError: the sum is no adapter of this method (Dual LoRA, MASA's router), or the arguments don't fit.
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:  # type: ignore[override]
+        """Whether PEFT's `convert_to_lora` can convert this adapter, or the active ones; PEFT asks for "default"."""
+        names = self.active_adapters if adapter_name is None else [adapter_name]
+        return all(layer.supports_lora_conversion(name) for layer in self._layers() for name in names)
 
     def shared(self, adapter_name: str) -> SharedFactors | None:
         """What the layers of `adapter_name` share, or None."""
@@ -343,6 +362,12 @@ def take_off(model: nn.Module, adapter_name: str) -> None:
             if not layer._get_available_adapters():
                 parent, _, child = _get_submodules(model, name)
                 setattr(parent, child, layer.base_layer)
+        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
+            if layer._adapters == {adapter_name}:
+                parent, _, child = _get_submodules(model, name)
+                setattr(parent, child, layer.original_module)
+            else:
+                layer.delete_adapter(adapter_name, sorted(layer._adapters - {adapter_name})[:1])
     bank = model._modules.get(BANK)
     if isinstance(bank, FactorBank):
         bank.delete_adapter(adapter_name)
@@ -399,20 +424,28 @@ def _check_weights(model: nn.Module, adapter_name: str, config: AdapterConfig) -
     if not weights or not os.path.isfile(weights):
         return
     method = config.method.lower()
+    # Modules that are trained in full are in the file under their plain names.
+    heads = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     state: dict[str, Tensor] = {}
     with safe_open(weights, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             name, count = re.subn(rf"\.?({method}_(?:factors|shared))\.", rf".\1.{adapter_name}.", key, count=1)
-            if count:
+            name = name.removeprefix("base_model.model.")
+            head = next((head for head in heads if name.startswith(f"{head}.")), None)
+            if count or head:
                 stored = tensors.get_slice(key)
-                name = name.removeprefix("base_model.model.")
                 # A schedule's few integers say which factors are missing on purpose; of factors the shape is enough.
                 counted = stored.get_dtype().startswith("I")
-                shape = stored.get_shape()
-                state[name] = tensors.get_tensor(key) if counted else torch.empty(shape, device="meta")
+                if head and not count:
+                    name = f"{head}.modules_to_save.{adapter_name}{name.removeprefix(head)}"
+                state[name] = tensors.get_tensor(key) if counted else torch.empty(stored.get_shape(), device="meta")
     for prefix, shared in _shared_with_prefix(model, adapter_name):
         shared.fill_stale(prefix, state)
-    marks = (f"{method}_factors.{adapter_name}.", f"{method}_shared.{adapter_name}.")
+    marks = (
+        f"{method}_factors.{adapter_name}.",
+        f"{method}_shared.{adapter_name}.",
+        f".modules_to_save.{adapter_name}.",
+    )
     model_state = model.state_dict()
     expected = {key: tensor for key, tensor in model_state.items() if any(mark in key for mark in marks)}
     if problem := _mismatch(expected, state, model_state, config):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from loraplex.config import AdapterConfig, check_adapter_files
 from loraplex.export import convert_for_peft
+from loraplex.layer import AdapterLinear
 from loraplex.model import AdapterModel
 
 
@@ -62,7 +63,7 @@ def open_doors() -> None:
         progressbar: bool = False,
         compile_kwargs: dict[str, Any] | None = None,
     ) -> tuple[LoraConfig, dict[str, Tensor]]:
-        if isinstance(getattr(model, "peft_config", {}).get(adapter_name), AdapterConfig):
+        if any(isinstance(module, AdapterLinear) for module in model.modules()):
             return convert_for_peft(model, rank, adapter_name)
         return theirs(model, rank, adapter_name, progressbar, compile_kwargs)
 

@@ -57,6 +57,10 @@ class SharedFactors(nn.Module):
         """Names of parameters that no layer reads any more; they are not saved."""
         return []
 
+    def layout(self) -> dict[str, tuple[str, int]]:
+        """Module → its family and its place in it."""
+        return {f.module_name: (name, i) for name, family in self._factors.items() for i, f in enumerate(family)}
+
     def follow(self, others: list[SharedFactors]) -> None:
         """Share as `others` do, whose sum this adapter holds."""
 
