@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -276,3 +281,140 @@ def shared_state(model: nn.Module, adapter: str = "default") -> Any:
     """What the layers of `adapter` share, or None."""
     bank = find_bank(model)
     return None if bank is None else bank.shared(adapter)
+
+
+# Exports
+
+
+def skeleton(arch: str = "llama", **settings: Any) -> nn.Module:
+    """The model of `arch` with every tensor on the meta device."""
+    model_config = ARCHS[arch].config()
+    for name, value in settings.items():
+        setattr(model_config, name, value)
+    with torch.device("meta"):
+        return ARCHS[arch].auto.from_config(model_config).eval()
+
+
+def stock(folder: Path, arch: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
+    """The model of `arch` with the plain LoRA in `folder`, by PEFT's own classes, in the file's precision."""
+    base = ARCHS[arch].build(**settings).to(dtype)
+    loaded = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+    assert not any("loraplex" in type(module).__module__ for module in loaded.modules())
+    return loaded.eval()
+
+
+def products(folder: Path) -> dict[str, Tensor]:
+    """Module → B A of an exported file, in float64. Its config must make the scaling 1."""
+    tensors = file_tensors(folder)
+    ending = ".lora_A.weight"
+    return {
+        key.removeprefix("base_model.model.").removesuffix(ending): tensors[key.replace("lora_A", "lora_B")].double()
+        @ tensors[key].double()
+        for key in tensors
+        if key.endswith(ending)
+    }
+
+
+def lora_config(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json holds."""
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖, in float64."""
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def naive_updates(model: PeftModel, gates: dict[str, list[float]] | None = None) -> dict[str, Tensor]:
+    """Module → ΔW `(out, in)` of the adapter "default", one scalar at a time, as the papers write it.
+
+    From the adapter's tensors and its config alone: no code of the package computes anything here.
+
+    Args:
+        model: the adapted model.
+        gates: module → a constant gate for each of MASA's experts, in place of the router's.
+    """
+    state = {key: tensor.tolist() for key, tensor in model.state_dict().items() if "_factors." in key or BANK in key}
+    layers = {name: layer for name, layer in layers_of(model).items() if layer.factors("default") is not None}
+    names = [name.removeprefix(ROOT) for name in layers]
+    naive = {name: _naive_update(name, names, model, state, gates) for name in names}
+    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in naive.items()}
+
+
+ROOT, BANK = "base_model.model.", "loraplex_bank"
+
+
+def _naive_update(
+    name: str, names: list[str], model: PeftModel, state: dict[str, Any], gates: dict[str, list[float]] | None
+) -> list[list[float]]:
+    config, method = model.peft_config["default"], model.peft_config["default"].method
+    own = f"{ROOT}{name}.{method.lower()}_factors.default."
+    shared = f"{ROOT}{BANK}.{method.lower()}_shared.default."
+    family = [other for other in names if _role(other) == _role(name)]
+    index = sorted(family, key=_depth).index(name)
+    prefix = f"{shared}{_role(name).replace('.', '__')}__"
+    r, alpha = _pattern(config.rank_pattern, name, config.r), _pattern(config.alpha_pattern, name, config.lora_alpha)
+    scale = alpha / (r**0.5 if config.use_rslora else r)
+    if method == "MULTILORA":
+        A, B, c = (state[own + factor] for factor in ("lora_A", "lora_B", "lora_scaling"))
+        channel = len(c[0]) > 1
+        B = [[b * c[k // r][o if channel else 0] for k, b in enumerate(row)] for o, row in enumerate(B)]
+    elif method == "ASLORA":
+        owner = state[prefix + "merges"][0][index]
+        A, B = state[prefix + "lora_A"], state[f"{prefix}lora_B_{owner}"]
+    elif method == "MASA":
+        group = index // (config.share_layers or config.num_experts)
+        A, B = state[f"{prefix}lora_A_{group}"], state[own + "lora_B"]
+        if config.expert_mixing != "concat":
+            weights = [1.0] * config.num_experts if config.expert_mixing == "sum" else gates[name]
+            columns = range(len(A[0]))
+            A = [[sum(w * A[e * r + k][i] for e, w in enumerate(weights)) for i in columns] for k in range(r)]
+    else:
+        A, B, C, D = (state[own + factor] for factor in ("lora_A", "lora_B", "lora_C", "lora_D"))
+        done, steps = state[shared + "warmup"]
+        scale = alpha / (len(A) * len(C)) ** (0.25 if config.use_rslora else 0.5) * min(1.0, done / steps)
+        magnitude, direction = _matmul(B, A), _matmul(D, C)
+        return [
+            [scale * max(p, 0.0) * (1 if q > 0 else -1) for p, q in zip(*rows, strict=True)]
+            for rows in zip(magnitude, direction, strict=True)
+        ]
+    return [[scale * value for value in row] for row in _matmul(B, A)]
+
+
+def _matmul(B: list[list[float]], A: list[list[float]]) -> list[list[float]]:
+    columns = [[row[i] for row in A] for i in range(len(A[0]))]
+    return [[sum(b * a for b, a in zip(row, column, strict=True)) for column in columns] for row in B]
+
+
+def _role(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1N", name, count=1)
+
+
+def _depth(name: str) -> int:
+    return int(next((part for part in name.split(".") if part.isdigit()), 0))
+
+
+def _pattern(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation: the sizes of what they make, and whether one reads a tensor on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[tuple[int, ...], str] = {}
+        self.meta: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+            self.meta.add(str(func))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.sizes.setdefault(tuple(leaf.shape), str(func))
+        return result
+
+    def largest(self) -> int:
+        """Elements of the largest tensor that was made."""
+        return max(torch.Size(shape).numel() for shape in self.sizes)

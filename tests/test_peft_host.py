@@ -10,16 +10,20 @@ import inspect
 import json
 import pickle
 import re
+import sys
 from importlib.metadata import requires, version
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from packaging.requirements import Requirement
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import tuners_utils
+from peft.tuners.lora import conversion
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from peft.utils.peft_types import PeftType, register_peft_method
@@ -32,6 +36,7 @@ from loraplex.layer import AdapterLinear
 from loraplex.model import AdapterModel, find_bank
 from loraplex.registry import add_peft_type
 from loraplex.sharing import BANK, FactorBank
+from loraplex.updates import PlainLora
 
 TYPES = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
 BATCH = ARCHS["llama"].inputs()
@@ -153,6 +158,7 @@ def test_private_names_exist() -> None:
         BaseTuner: [
             "inject_adapter", "_create_and_replace", "merge_adapter", "_unload_and_optionally_merge",
             "delete_adapter", "_get_adapter_state_dict", "_remap_adapter_state_dict_for_load",
+            "_check_merge_allowed", "_replace_module", "supports_lora_conversion",
         ],
         BaseTunerLayer: [
             "_move_adapter_to_device_of_base_layer", "_get_base_layer_device_and_dtype", "_cast_input_dtype",
@@ -175,6 +181,11 @@ def test_private_names_exist() -> None:
         (AdapterModel, "_get_adapter_state_dict"),
         (AdapterModel, "_remap_adapter_state_dict_for_load"),
         (AdapterModel, "delete_adapter"),
+        (AdapterModel, "_check_merge_allowed"),
+        (AdapterModel, "_replace_module"),
+        (AdapterModel, "supports_lora_conversion"),
+        (AdapterLinear, "supports_lora_conversion"),
+        (FactorBank, "supports_lora_conversion"),
         (AdapterLinear, "merge"),
         (AdapterLinear, "unmerge"),
         (FactorBank, "merge"),
@@ -451,6 +462,208 @@ def test_lora_conversion_is_not_claimed_wrongly() -> None:
         or type(layer).supports_lora_conversion is not BaseTunerLayer.supports_lora_conversion
         for layer in h.layers_of(model).values()
     )
+
+
+# Doors
+
+
+def test_peft_s_conversion_is_replaced_where_it_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save_as_lora` looks `convert_to_lora` up in its module when it is called; nothing in PEFT holds the original
+    under another name; its parameters are those that ours passes on (registry.open_doors)."""
+    ours, theirs = conversion.convert_to_lora, conversion.convert_to_lora.__wrapped__
+    assert theirs.__module__ == ours.__module__ == conversion.__name__
+    expected = ["model", "rank", "adapter_name", "progressbar", "compile_kwargs"]
+    assert list(inspect.signature(theirs, follow_wrapped=False).parameters) == expected
+    assert list(inspect.signature(ours, follow_wrapped=False).parameters) == expected
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("peft", "transformers"):
+            assert not any(value is theirs for value in vars(module).values()), name
+    called: list[nn.Module] = []
+    monkeypatch.setattr(conversion, "convert_to_lora", lambda model, **_: called.append(model) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        peft.save_as_lora("unused", model := h.Mlp(), 4)
+    assert called == [model]
+
+
+def test_save_as_lora_writes_what_conversion_returns(tmp_path: Path) -> None:
+    """A LoraConfig and tensors by PEFT's names, which safetensors takes as they are (export.convert_for_peft)."""
+    model = adapted("aslora")
+    settings, state = peft.convert_to_lora(model, 4)
+    peft.save_as_lora(tmp_path, model, 4)
+    h.assert_same(h.file_tensors(tmp_path), state)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() == settings.to_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+
+
+def test_conversion_asks_every_tuner_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PeftModel asks the tuner, and the tuner all its layers, the bank among them; a layer says no by itself."""
+    model = adapted("masa-sum")
+    assert model.supports_lora_conversion()
+    assert BaseTunerLayer.supports_lora_conversion(next(iter(h.layers_of(model).values()))) is False
+    assert "adapter_name" in inspect.signature(PeftModel.supports_lora_conversion).parameters
+    for layer in (AdapterLinear, FactorBank):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "supports_lora_conversion", lambda *_: False)
+            assert not BaseTuner.supports_lora_conversion(model.base_model)
+
+
+def test_add_weighted_adapter_is_lora_s() -> None:
+    """PeftModel passes the call on to its tuner, whose parameters have LoRA's names (model.add_weighted_adapter)."""
+    ours = inspect.signature(AdapterModel.add_weighted_adapter).parameters
+    theirs = inspect.signature(peft.LoraModel.add_weighted_adapter).parameters
+    assert list(ours) == list(theirs)[: len(ours)]
+    assert "add_weighted_adapter" not in vars(PeftModel)
+    assert "add_weighted_adapter" not in vars(BaseTuner)
+    model = adapted("multilora")
+    assert model.add_weighted_adapter == model.base_model.add_weighted_adapter
+
+
+def test_injecting_does_not_cast() -> None:
+    """A tuner's `inject_adapter` makes factors in the base's dtype, and PeftModel casts them to float32 afterwards by
+    `_cast_adapter_dtype`: who injects without PeftModel casts too (combine.add_weighted_adapter)."""
+    model = get_peft_model(ARCHS["llama"].build().to(torch.bfloat16), config("masa-sum"))
+    assert {p.dtype for p in h.adapter_parameters(model).values()} == {torch.float32}
+    model.peft_config["second"] = config("masa-sum")
+    model.base_model.inject_adapter(model.base_model.model, "second")
+    assert {p.dtype for p in h.adapter_parameters(model, "second").values()} == {torch.bfloat16}
+    model.base_model._cast_adapter_dtype(adapter_name="second", autocast_adapter_dtype=True)
+    assert {p.dtype for p in h.adapter_parameters(model, "second").values()} == {torch.float32}
+
+
+def test_merging_is_only_checked_for_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`_check_merge_allowed` warns of tied targets and does no more, so that ours, which unties them, may do nothing
+    (model.AdapterModel._check_merge_allowed). Both ways of merging ask it."""
+    BaseTuner._check_merge_allowed(adapted("multilora").base_model)
+    seen: list[str] = []
+    monkeypatch.setattr(BaseTuner, "_get_tied_target_modules", lambda *_: seen.append("tied") or ["lm_head"])
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        BaseTuner._check_merge_allowed(adapted("multilora").base_model)
+    assert "tied" in seen
+    asked: list[str] = []
+    monkeypatch.setattr(AdapterModel, "_check_merge_allowed", lambda _: asked.append("asked"))
+    model = adapted("multilora")
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.merge_and_unload()
+    assert len(asked) == 2
+
+
+def lora_on(module: nn.Module, **settings: Any) -> Any:
+    """PEFT's LoRA with random factors on the only layer of a model."""
+    made = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["layer"], init_lora_weights=False, **settings)
+    model = get_peft_model(nn.ModuleDict({"layer": module}), made)
+    return model.base_model.model["layer"]
+
+
+def test_plain_lora_is_read_by_these_names() -> None:
+    """`lora_A`, `lora_B`, `scaling`, `fan_in_fan_out`, `quantization_backend` of LoraLayer (updates.PlainLora)."""
+    from transformers.pytorch_utils import Conv1D
+
+    for base in (nn.Linear(3, 5), Conv1D(5, 3)):
+        layer = lora_on(base, use_rslora=True, fan_in_fan_out=isinstance(base, Conv1D))
+        update = PlainLora("layer", layer, "default")
+        update.check_mergeable()
+        A, B = update.lora_form()
+        assert (A.shape, B.shape) == ((2, 3), (5, 2))
+        assert (update.in_features, update.out_features) == (3, 5)
+        assert layer.scaling["default"] == pytest.approx(3 / 2**0.5)
+        theirs = layer.get_delta_weight("default")
+        torch.testing.assert_close(update.delta_weight(), theirs.T if isinstance(base, Conv1D) else theirs)
+        assert layer.fan_in_fan_out is isinstance(base, Conv1D)
+        assert layer.quantization_backend is None
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (nn.Linear(3, 5), {"use_dora": True}),
+        (nn.Linear(3, 5), {"lora_bias": True}),
+        (nn.Embedding(3, 5), {}),
+    ],
+    ids=["dora", "bias", "embedding"],
+)
+def test_more_than_plain_lora_is_recognised(module: nn.Module, settings: dict[str, Any]) -> None:
+    """`lora_variant`, `lora_bias` and `lora_embedding_A` tell that more than B A is added (updates.PlainLora)."""
+    layer = lora_on(module, **settings)
+    assert "default" in {*layer.lora_A, *layer.lora_embedding_A}
+    with pytest.raises(ValueError, match="no plain LoRA"):
+        PlainLora("layer", layer, "default").check_mergeable()
+
+
+def test_how_peft_matches_names() -> None:
+    """Ends of names after a dot, only in these layers, or whole names (plain.plain_config tries them in turn)."""
+    names = ["model.layers.0.q", "model.layers.1.q", "model.layers.1.xq", "q", "head.q"]
+
+    def matched(**settings: Any) -> list[str]:
+        made = peft.LoraConfig()
+        made.__dict__.update(settings)
+        return [name for name in names if tuners_utils.check_target_module_exists(made, name)]
+
+    assert matched(target_modules={"q"}) == ["model.layers.0.q", "model.layers.1.q", "q", "head.q"]
+    assert matched(target_modules={"q"}, layers_to_transform=[1]) == ["model.layers.1.q", "q"]
+    assert matched(target_modules={"model.layers.1.q", "head.q"}) == ["model.layers.1.q", "head.q"]
+    assert matched(target_modules={"q"}, modules_to_save=["head"]) == ["model.layers.0.q", "model.layers.1.q", "q"]
+
+
+def test_fields_that_a_plain_config_sets() -> None:
+    """plain.plain_config and plain.read_lora name these fields of LoraConfig."""
+    fields = {
+        "r", "lora_alpha", "fan_in_fan_out", "bias", "modules_to_save", "task_type", "base_model_name_or_path",
+        "revision", "inference_mode", "target_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
+        "use_rslora", "use_dora",
+    }  # fmt: skip
+    assert fields <= set(inspect.signature(peft.LoraConfig).parameters)
+    plain = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj"])
+    assert (plain.bias, plain.use_rslora, plain.use_dora, plain.lora_bias) == ("none", False, False, False)
+    assert not plain.rank_pattern
+    assert not plain.alpha_pattern
+
+
+def test_parameters_that_exports_pass_to_peft() -> None:
+    """`get_peft_model_state_dict(save_embedding_layers=…)` and `load_peft_weights(device=…)` (export, adapted)."""
+    assert {"adapter_name", "save_embedding_layers"} <= set(inspect.signature(get_peft_model_state_dict).parameters)
+    assert "device" in inspect.signature(load_peft_weights).parameters
+
+
+def test_plain_lora_on_a_skeleton_loses_its_values(tmp_path: Path) -> None:
+    """PEFT's own layers follow their base to the meta device; the file's keys, with the adapter's name before
+    `.weight`, are those of the model, which takes them by `assign` (training.adapted.load_on_skeleton)."""
+    peft.save_as_lora(tmp_path, adapted("multilora"), 8)
+    model = PeftModel.from_pretrained(h.skeleton(), tmp_path, low_cpu_mem_usage=True)
+    factors = {name for name in model.state_dict() if ".lora_" in name}
+    assert all(model.state_dict()[name].is_meta for name in factors)
+    state = load_peft_weights(str(tmp_path), device="cpu")
+    renamed = {key.replace(".weight", ".default.weight"): tensor for key, tensor in state.items()}
+    assert set(renamed) == factors
+    assert model.load_state_dict(renamed, strict=False, assign=True).unexpected_keys == []
+    assert not any(model.state_dict()[name].is_meta for name in factors)
+
+
+def test_native_loading_is_injection_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' `load_adapter` takes our config as `peft_config`, and injects before it reads any weights or marks
+    the model as adapted: a config that checks its file there leaves the model alone (registry.load_adapter)."""
+    parameters = inspect.signature(transformers.PreTrainedModel.load_adapter).parameters
+    assert list(parameters)[1:4] == ["peft_model_id", "adapter_name", "peft_config"]
+    adapted("multilora").save_pretrained(tmp_path)
+    model = ARCHS["llama"].build()
+    seen: list[tuple[bool, str]] = []
+
+    def stop(self: AdapterModel, base: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
+        seen.append((model._hf_peft_config_loaded, self.peft_config[adapter_name]._weights))
+        raise ValueError("stop")
+
+    monkeypatch.setattr(AdapterModel, "inject_adapter", stop)
+    with pytest.raises(ValueError, match="stop"):
+        loraplex.load_adapter(model, str(tmp_path), "mine")
+    assert seen == [(False, str(tmp_path / "adapter_model.safetensors"))]
+    assert not model._hf_peft_config_loaded
+
+
+def test_only_lora_is_hot_swapped() -> None:
+    """Other types are refused by a table of PEFT's: an entry of ours would need code of ours (test_doors.py)."""
+    from peft.utils import hotswap
+
+    assert list(hotswap.CONFIG_KEYS_TO_CHECK) == [PeftType.LORA]
 
 
 # Optimizers and callbacks

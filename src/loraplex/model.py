@@ -218,7 +218,7 @@ class AdapterModel(BaseTuner):
         """
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
-    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:  # type: ignore[override]
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Whether PEFT's `convert_to_lora` can convert this adapter, or the active ones; PEFT asks for "default"."""
         names = self.active_adapters if adapter_name is None else [adapter_name]
         return all(layer.supports_lora_conversion(name) for layer in self._layers() for name in names)
