@@ -128,6 +128,7 @@ def test_convert_is_exact(method: str, arch: str) -> None:
         settings, state = peft.convert_to_lora(model, rank)
         assert type(settings) is LoraConfig
         assert (settings.r, settings.lora_alpha, settings.use_rslora) == (width, width, False)
+        assert settings.target_modules == set(ARCHS[arch].targets), "a set, as PEFT's own configs have it"
         assert not settings.rank_pattern
         assert not settings.alpha_pattern
         assert {len(tensor) for key, tensor in state.items() if "lora_A" in key} == {width}

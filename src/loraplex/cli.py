@@ -260,7 +260,13 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
     from loraplex.training.exporting import ExportJob, export_adapter
     from loraplex.training.report import print_export
 
-    run = run_of(args.adapter, args.run, [], parse_overrides(overrides), needs_data=args.calibration == [])
+    run = run_of(
+        args.adapter,
+        args.run,
+        [],
+        parse_overrides(overrides),
+        data_option="--calibration DATA" if args.calibration == [] else None,
+    )
     job = ExportJob(
         target=args.output,
         dtype=args.dtype,
@@ -298,7 +304,7 @@ def _compare(exported: Path, source: Path) -> dict[str, float]:
     from loraplex.plain import compare
     from loraplex.training.adapted import labels_of, load_on_skeleton, run_of
 
-    run = run_of(source, None, [], [], needs_data=False)
+    run = run_of(source, None, [], [], data_option=None)
     return compare(exported, load_on_skeleton(source, run, labels_of(source, run)))
 
 

@@ -214,7 +214,10 @@ def _approximate(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
         _check_finite(parameter, factors)
     width = min(rank.rank or 16, full)
     while True:
-        svd = randomized_svd(factors.delta_weight, out_features, in_features, width)
+        try:
+            svd = randomized_svd(factors.delta_weight, out_features, in_features, width)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(f"ΔW of {factors.module_name} holds NaN or Inf ({error}): load an earlier one.") from error
         if rank.rank is not None:
             return svd.factors(width)
         if svd.error(width) <= rank.max_error or width == full:  # type: ignore[operator]

@@ -161,11 +161,10 @@ def plain_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, 
 
 
 def _files(base: Path) -> dict[str, str]:
-    """Tensor → file, as transformers reads it: by the index if there is one."""
-    index = base / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
+    """Tensor → file, as transformers reads it: one whole file, or else by the index."""
+    whole, index = base / SAFE_WEIGHTS_NAME, base / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file() and not whole.is_file():
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    whole = base / SAFE_WEIGHTS_NAME
     files = [whole] if whole.is_file() else sorted(base.glob("*.safetensors"))
     where: dict[str, str] = {}
     for file in files:

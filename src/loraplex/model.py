@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class AdapterModel(BaseTuner):
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         _check_config(model, config)
         before = [(p, p.requires_grad) for p in model.parameters()]
-        were_active = [(m, m.active_adapters[:]) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        were_active = [(m, copy(m._active_adapter)) for m in model.modules() if isinstance(m, kinds)]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             if config.shared_cls is not None:
@@ -167,7 +169,7 @@ class AdapterModel(BaseTuner):
                 merge, progressbar, safe_merge, adapter_names
             )
         model._modules.pop(BANK, None)
-        if untied and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        if untied and self.get_model_config(model).get("tie_word_embeddings"):
             # PEFT says and does the same, but only where it merges layer by layer.
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
             warnings.warn(
@@ -362,12 +364,13 @@ def take_off(model: nn.Module, adapter_name: str) -> None:
             if not layer._get_available_adapters():
                 parent, _, child = _get_submodules(model, name)
                 setattr(parent, child, layer.base_layer)
-        elif isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in layer._adapters:
-            if layer._adapters == {adapter_name}:
+        elif isinstance(layer, ModulesToSaveWrapper) and adapter_name in layer._adapters:
+            # Not by its own delete_adapter, which would make another adapter active.
+            layer._adapters.discard(adapter_name)
+            del layer.modules_to_save[adapter_name]
+            if not layer._adapters:
                 parent, _, child = _get_submodules(model, name)
                 setattr(parent, child, layer.original_module)
-            else:
-                layer.delete_adapter(adapter_name, sorted(layer._adapters - {adapter_name})[:1])
     bank = model._modules.get(BANK)
     if isinstance(bank, FactorBank):
         bank.delete_adapter(adapter_name)

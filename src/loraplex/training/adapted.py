@@ -20,9 +20,15 @@ from loraplex.training.run import load_data, make_evaluators, note
 
 
 def run_of(
-    adapter: Path, run_file: Path | None, data: list[str], overrides: list[tuple[str, Any]], needs_data: bool = True
+    adapter: Path,
+    run_file: Path | None,
+    data: list[str],
+    overrides: list[tuple[str, Any]],
+    data_option: str | None = "--data",
 ) -> RunConfig:
     """The run behind an adapter: `run_file`, or the `run.yaml` beside the adapter, or what its config says.
+
+    `data_option` is how the command takes data; None where it needs none.
 
     Raises:
         ConfigError: no adapter there, no way to tell what data to use, or a wrong key.
@@ -39,8 +45,10 @@ def run_of(
     for key, value in overrides:
         set_key(tree, key, value)
     if not tree.get("data"):
-        if needs_data:
-            raise ConfigError(f"{beside} does not exist, so it is not known what data to use: give --data or --run.")
+        if data_option:
+            raise ConfigError(
+                f"{beside} does not exist, so it is not known what data to use: give {data_option} or --run."
+            )
         tree["data"] = [{"path": "-"}]
     return build_run(tree, str(path) if known else "adapter_config.json", {key for key, _ in overrides})
 
