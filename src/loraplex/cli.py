@@ -207,6 +207,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
         print(to_yaml(run), end="")
         return 0
     from loraplex.training.checkpoints import RUN_NAME, checkpoints
+    from loraplex.training.progress import is_main, note
     from loraplex.training.report import print_summary
     from loraplex.training.run import train
 
@@ -216,12 +217,13 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     except KeyboardInterrupt:
         if not checkpoints(Path(run.output_dir)):
             raise
-        print(f"\nstopped at once\n{resuming}", file=sys.stderr)
+        note(f"\nstopped at once\n{resuming}")
         return 130
     if result.signal is None:
-        print_summary(result)
+        if is_main():
+            print_summary(result)
         return 0
-    print(f"stopped at step {result.step}, checkpoint in {result.checkpoint}\n{resuming}", file=sys.stderr)
+    note(f"stopped at step {result.step}, checkpoint in {result.checkpoint}\n{resuming}")
     return 128 + result.signal
 
 

@@ -25,6 +25,23 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
+def put_in_place(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; what stood there goes once the new one is in place."""
+    old = folder.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(folder, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when not."""
@@ -32,21 +49,9 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not the process's id: in a container the next process often has the same one.
     folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    old = folder.with_suffix(".old")
     folder.mkdir()
     try:
         yield folder
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(folder, target)
-        except BaseException:
-            if old.exists():
-                os.rename(old, target)
-            raise
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
+        put_in_place(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,8 @@ that a gradient scaler skips does not count. Engines that flatten parameters hid
 `loraplex.step(model)` advances the schedule, and a run that goes on without it is stopped with an error.
 
 What belongs to the adapter (merge map, warm-up step) is in its state dict, so that weights and map can't part. What
-belongs to training (ASLoRA's running averages) is in `optimizer.state[parameter]`, which every trainer saves.
+belongs to training (ASLoRA's running averages) is in `optimizer.state[parameter]`, which every trainer saves; where
+parameters are sharded or the optimizer is hidden, each rank keeps its part, and checkpoints hold a file of their own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,21 @@ import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from loraplex.files import write_tensors
+from loraplex.parallel import cut, is_sharded, part, whole
 from loraplex.sharing import FactorBank, SharedFactors
 
 logger = logging.getLogger(__name__)
@@ -32,6 +40,7 @@ logger = logging.getLogger(__name__)
 StateOf = Callable[[nn.Parameter], "dict[str, Any] | None"]
 Stepped = Callable[[nn.Parameter], bool]
 
+SCHEDULE_NAME = "schedule.safetensors"
 _MISSED_STEPS = 3
 """Foreign optimizer steps, each after a backward pass through an adapter, that prove its own optimizer is hidden."""
 _BACKWARDS_WITHOUT_STEP = 4096
@@ -111,12 +120,40 @@ class Scheduled(SharedFactors):
 
     def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any] | None:
         known = (optimizer() for optimizer in self._optimizers)
-        return next((o.state[parameter] for o in known if o is not None and id(parameter) in _held(o)), None)
+        found = next((o.state[parameter] for o in known if o is not None and id(parameter) in _held(o)), None)
+        if found is None or is_sharded(parameter):
+            # Not in a sharded optimizer's state: distributed checkpoints drop the keys that torch does not know.
+            return None if found is None else self._own_state(parameter)
+        if found and self._private_state:
+            # From a checkpoint of an engine that hides its optimizer, or shards it.
+            found.update(self._private_state.pop(self._name_of(parameter), {}))
+        return found
 
     def _own_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        name = next(name for name, p in self.named_parameters() if p is parameter)
         # Not empty, as an optimizer's state is not once the parameter has been trained.
-        return self._private_state.setdefault(name, {"explicit": True})
+        return self._private_state.setdefault(self._name_of(parameter), {"explicit": True})
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        return next(name for name, p in self.named_parameters() if p is parameter)
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a resume needs and neither adapter nor optimizer holds, as whole tensors. All ranks must call it."""
+        parameters, state = dict(self.named_parameters()), {}
+        for name, entries in self._private_state.items():
+            for key, value in entries.items():
+                tensor = isinstance(value, Tensor)
+                state[f"{name}/{key}"] = whole(value, parameters[name]).cpu() if tensor else torch.tensor(value)
+        return state
+
+    def load_training_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from `training_state`, on any number of ranks and under any engine."""
+        parameters = dict(self.named_parameters())
+        self._private_state = {}
+        for path, value in state.items():
+            name, key = path.split("/")
+            like = parameters[name]
+            entry = cut(value.to(part(like).device), like) if value.ndim else value.item()
+            self._private_state.setdefault(name, {})[key] = entry
 
     # Watching for an optimizer that can't be seen
 
@@ -128,7 +165,8 @@ class Scheduled(SharedFactors):
             me = weakref.ref(self)
             witness.register_post_accumulate_grad_hook(lambda _: _count_backward(me()))
             self._watched = weakref.ref(witness)
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def _backward_seen(self) -> None:
         self._backwards += 1
@@ -242,17 +280,54 @@ def _holds(optimizer: Any, shared: Scheduled) -> bool:
     return any(p.requires_grad and id(p) in held for p in shared.trained())
 
 
+def save_schedules(model: nn.Module, folder: Path) -> None:
+    """Write `schedule.safetensors` into a checkpoint, if there is anything to write. All ranks must call it."""
+    found = {f"{name}/{key}": t for name, shared in schedules(model) for key, t in shared.training_state().items()}
+    if found and (not dist.is_initialized() or dist.get_rank() == 0):
+        write_tensors(folder / SCHEDULE_NAME, found)
+
+
+def load_schedules(model: nn.Module, folder: Path) -> None:
+    """Read what `save_schedules` wrote into a checkpoint; nothing if it wrote nothing."""
+    if not (folder / SCHEDULE_NAME).is_file():
+        return
+    found = load_file(folder / SCHEDULE_NAME)
+    for name, shared in schedules(model):
+        prefix = f"{name}/"
+        shared.load_training_state({k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)})
+
+
 class ScheduleCallback(TrainerCallback):
-    """For `transformers.Trainer` and TRL: gives schedules the run's length, checks that they end within it, and
-    advances them under engines that hide the optimizer's parameters. Elsewhere schedules advance without it.
+    """For `transformers.Trainer` and TRL: gives schedules the run's length, checks that they end within it, advances
+    them under engines that hide the optimizer's parameters, and keeps their state in checkpoints where engines would
+    lose it. Elsewhere schedules need no callback.
+
+    Args:
+        saves: whether it writes that state; False where something else calls `save_schedules`.
     """
+
+    def __init__(self, saves: bool = True) -> None:
+        self.saves = saves
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         set_total_steps(kwargs["model"], state.max_steps)
+        if state.global_step:
+            load_schedules(kwargs["model"], _checkpoint(args, state))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:
+            return
         for _, shared in schedules(kwargs["model"]):
-            if shared.is_trained() and not _holds(kwargs["optimizer"], shared):
+            if shared.is_trained() and not _holds(optimizer, shared):
                 shared.step()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.saves:
+            save_schedules(kwargs["model"], _checkpoint(args, state))
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

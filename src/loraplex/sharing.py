@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors
+from loraplex.parallel import announce_reads, is_sharded
 
 BANK = "loraplex_bank"
 
@@ -41,6 +42,7 @@ class SharedFactors(nn.Module):
 
     def __init__(self, config: AdapterConfig, families: dict[str, list[Member]]) -> None:
         super().__init__()
+        self._announced = False
         self.families = list(families)
         # Unregistered: the layers own these modules.
         self._factors = {name: [member.factors for member in family] for name, family in families.items()}
@@ -52,6 +54,20 @@ class SharedFactors(nn.Module):
 
     def add_shared(self, config: AdapterConfig, families: dict[str, list[Member]]) -> None:
         """Create and initialise what the families share."""
+
+    def read_by(self, factors: Factors) -> list[nn.Parameter]:
+        """Which of the shared parameters one layer's forward and backward read. None by default."""
+        return []
+
+    def train(self, mode: bool = True) -> SharedFactors:
+        """Switch modes; when training begins, tell ZeRO-3 which layers read parameters of ours."""
+        super().train(mode)
+        first = next(self.parameters(), None)
+        if mode and first is not None and is_sharded(first) and not self._announced:
+            self._announced = True
+            for factors in self.member_factors():
+                announce_reads(factors, self.read_by(factors))
+        return self
 
     def stale_parameters(self) -> list[str]:
         """Names of parameters that no layer reads any more; they are not saved."""

@@ -10,6 +10,7 @@ import torch
 from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, leaf, matvec, randomize
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainerState
 
 import loraplex
 from loraplex import AsLoraConfig, ScheduleCallback
@@ -613,10 +614,6 @@ def test_a_hidden_optimizer_stops_the_run():
         run()
 
 
-class Run:
-    max_steps = 10
-
-
 @pytest.mark.parametrize("kind", ["callback", "explicit"])
 def test_a_hidden_optimizer_merges_where_it_is_told_of_steps(kind):
     """As under engines that flatten parameters: those see copies, and gradients are gone when the step is told."""
@@ -625,7 +622,7 @@ def test_a_hidden_optimizer_merges_where_it_is_told_of_steps(kind):
     copies = [leaf(p) for p in model.parameters() if p.requires_grad]
     optimizer, callback = torch.optim.SGD(copies, lr=1e-3), ScheduleCallback()
     told = {"model": model, "optimizer": optimizer}
-    callback.on_train_begin(None, Run(), None, **told)
+    callback.on_train_begin(None, TrainerState(max_steps=10), None, **told)
     # Means over three steps: 0, 2, 4⅓; after the last step alone layers 0 and 1 are 2 apart, 1 and 2 are 1.
     for values in [(0, 1, 5), (0, 3, 5), (0, 2, 3)]:
         assert history(model) == []
@@ -636,7 +633,7 @@ def test_a_hidden_optimizer_merges_where_it_is_told_of_steps(kind):
                 own_B(model, index).fill_(value)
         model.zero_grad()
         if kind == "callback":
-            callback.on_step_end(None, Run(), None, **told)
+            callback.on_step_end(None, TrainerState(), None, **told)
         else:
             loraplex.step(model)
     assert history(model) == [(3, 0, 1)]

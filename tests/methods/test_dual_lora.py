@@ -370,15 +370,11 @@ def test_another_optimizer_beside_the_adapters_own_is_no_concern():
     assert warmup_factor(model) == pytest.approx(1)
 
 
-class Arguments:
-    max_steps = 10
-
-
 @pytest.mark.parametrize("visible", [False, True])
 def test_callback_advances_once_per_step(visible):
     model = make(warmup_steps=0.4)
     model.train()
-    callback, state = ScheduleCallback(), Arguments()
+    callback, state = ScheduleCallback(), TrainerState(max_steps=10)
     if visible:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 

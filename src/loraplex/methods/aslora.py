@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from loraplex.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
+from loraplex.parallel import part, whole
 from loraplex.schedule import Scheduled, StateOf, Stepped
 from loraplex.sharing import Member, read
 
@@ -106,6 +107,12 @@ class AsLoraShared(Scheduled):
         """The B that belongs to `layer`."""
         return getattr(self, f"{family}__lora_B_{layer}")
 
+    def read_by(self, factors: AsLoraFactors) -> list[nn.Parameter]:  # type: ignore[override]
+        # All B's of the family: ZeRO-3 records once which parameters a layer needs, and merges change that.
+        family = factors.family
+        A = self.get_parameter(f"{family}__lora_A")
+        return [A, *(self.B(family, layer) for layer in range(len(self.maps[family])))]
+
     def owners(self, family: str) -> list[int]:
         """Layers whose own B is in use."""
         return sorted(set(self.maps[family]))
@@ -151,13 +158,15 @@ class AsLoraShared(Scheduled):
                     self._merge(family, averages, t, state_of)
 
     def _update_averages(self, family: str, state_of: StateOf) -> tuple[dict[int, Tensor], int]:
+        """(layer → B̄, of sharded B's this rank's part; t)."""
         averages, t = {}, 0
         for layer in self.owners(family):
-            B = self.B(family, layer)
-            state = state_of(B)
-            if state is None or (not state and B.grad is None):
+            parameter = self.B(family, layer)
+            state = state_of(parameter)
+            if state is None or (not state and parameter.grad is None):
                 # Optimizers initialise a parameter's state at its first gradient, and only if it is empty.
                 continue
+            B = part(parameter)
             t = state["aslora_steps"] = state.get("aslora_steps", 0) + 1
             if t == 1 and len(self.owners(family)) < len(self.maps[family]) and layer == self.owners(family)[0]:
                 logger.warning(
@@ -171,7 +180,10 @@ class AsLoraShared(Scheduled):
         return averages, t
 
     def _merge(self, family: str, averages: dict[int, Tensor], t: int, state_of: StateOf) -> None:
-        A = getattr(self, f"{family}__lora_A") if self.config.merge_distance == "update" else None
+        # Distances need whole matrices, merges are few: only now are shards gathered, and all ranks see the same.
+        averages = {layer: whole(average, self.B(family, layer)) for layer, average in averages.items()}
+        A = getattr(self, f"{family}__lora_A")
+        A = whole(part(A), A) if self.config.merge_distance == "update" else None
         lower, upper = closest_pair(averages, self.config.merge_candidates, A)
         mapped = [upper if m == lower else m for m in self.maps[family]]
         merges = getattr(self, f"{family}__merges")

@@ -34,6 +34,9 @@ class MasaShared(SharedFactors):
                 group = start // config.group_size
                 self.register_parameter(f"{name}__lora_A_{group}", nn.Parameter(kaiming_(A, fan_in=A.shape[1])))
 
+    def read_by(self, factors: MasaFactors) -> list[nn.Parameter]:  # type: ignore[override]
+        return [self.get_parameter(factors.experts_name)]
+
 
 class MasaFactors(Factors):
     """B_l, and with "router" R_l (n, in). A belongs to the group of layers."""
@@ -54,9 +57,14 @@ class MasaFactors(Factors):
         self.mean_gate: Tensor | None = None
 
     @property
+    def experts_name(self) -> str:
+        """Under which the group's experts are shared."""
+        return f"{self.family}__lora_A_{self.index // self.group_size}"
+
+    @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
         """The group's experts `(n·r, in)`."""
-        return read(self.shared, f"{self.family}__lora_A_{self.index // self.group_size}", self.lora_B)
+        return read(self.shared, self.experts_name, self.lora_B)
 
     def experts(self) -> Tensor:
         """The group's experts as `(n, r, in)`."""

@@ -16,7 +16,8 @@ from loraplex.training.arguments import METHOD_OF_TYPE
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
 from loraplex.training.models import load_model, load_skeleton
-from loraplex.training.run import load_data, make_evaluators, note
+from loraplex.training.progress import note
+from loraplex.training.run import load_data, make_evaluators
 
 
 def run_of(

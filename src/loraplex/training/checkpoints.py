@@ -14,6 +14,8 @@ from loraplex.training.config import ConfigError, RunConfig, load_run
 
 RUN_NAME = "run.yaml"
 LABELS_NAME = "labels.json"
+SAVING = ".saving"
+"""Where a checkpoint is written before it gets its name."""
 
 # Keys that say how often to write something, or where; they don't touch what is trained.
 _HARMLESS = {

@@ -24,7 +24,7 @@ from loraplex.training.config import ConfigError, RunConfig, build_run
 from loraplex.training.data import load_task
 from loraplex.training.encode import encode_texts, encode_training
 from loraplex.training.models import DTYPES, base_folder, load_tokenizer
-from loraplex.training.run import note
+from loraplex.training.progress import note
 from loraplex.updates import adapted
 
 _CALIBRATION_EXAMPLES = 64

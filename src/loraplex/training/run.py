@@ -38,6 +38,7 @@ from loraplex.training.data import Task, build_mixture, load_task
 from loraplex.training.encode import encode_texts, encode_training
 from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
 from loraplex.training.models import load_model, load_tokenizer
+from loraplex.training.progress import note
 from loraplex.training.trainers import AnswerTrainer, ClassifierTrainer
 
 VERSIONS_NAME = "versions.json"
@@ -186,7 +187,7 @@ def _attach(trainer: Any, evaluators: dict[str, Evaluator], log: MetricsLog) -> 
     trainer.evaluators, trainer.metrics_log = evaluators, log
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    for callback in (ScheduleCallback(), MetricsCallback(log), ProgressLine(), stop):
+    for callback in (ScheduleCallback(saves=False), MetricsCallback(log), ProgressLine(), stop):
         trainer.add_callback(callback)
     return stop
 
@@ -206,7 +207,7 @@ def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | N
         result.signal = stop.signal
         result.checkpoint = next(iter(checkpoints(output_dir)), None)
     else:
-        if trainer.evaluators and not log.evaluations(result.step):
+        if trainer.evaluators and trainer.evaluated_at != result.step:
             trainer.evaluate()
         _save(trainer, output_dir)
     result.seconds = time.monotonic() - started
@@ -278,8 +279,3 @@ def versions() -> dict[str, Any]:
         found[package] = importlib.metadata.version(package)
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return found
-
-
-def note(text: str) -> None:
-    """A line about what is going on, to stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)

@@ -1,14 +1,25 @@
-"""The trainers of a run: TRL's SFTTrainer and transformers' Trainer, with our evaluation and weight decay."""
+"""The trainers of a run: TRL's SFTTrainer and transformers' Trainer, with our evaluation, checkpoints and decay."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTTrainer
 
 from loraplex.evaluate import Evaluator
+from loraplex.files import put_in_place
+from loraplex.parallel import gathered_state_dict
+from loraplex.schedule import save_schedules
+from loraplex.training.checkpoints import SAVING
 from loraplex.training.metrics import MetricsLog
+from loraplex.training.zero import adapter_state, load_state, save_state
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -17,10 +28,13 @@ else:
 
 
 class _TaskEvaluation(_Base):
-    """Evaluates every task with the evaluator that `loraplex eval` uses, and writes a row for each."""
+    """Evaluates every task with the evaluator that `loraplex eval` uses, and writes whole checkpoints or none."""
 
     evaluators: dict[str, Evaluator]
     metrics_log: MetricsLog
+    _saving = False
+    evaluated_at: int | None = None
+    """The step of the latest evaluation, which every process knows; rank 0 alone has its rows."""
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -38,8 +52,82 @@ class _TaskEvaluation(_Base):
         losses = [metrics[f"{metric_key_prefix}_{name}_loss"] for name in self.evaluators]
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         self.log(metrics)
+        self.evaluated_at = self.state.global_step
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return os.path.join(super()._get_output_dir(trial), SAVING) if self._saving else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint under `.saving`, and rename it once all processes have written their files."""
+        run_dir = Path(super()._get_output_dir(trial))
+        saving, name = run_dir / SAVING, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(saving, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        if self.state.best_model_checkpoint == str(saving / name):
+            self.state.best_model_checkpoint = str(run_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(saving / name / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            put_in_place(saving / name, run_dir / name)
+            saving.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter: the same file under every engine, without gathering the base model on one process."""
+        if self.is_deepspeed_enabled:
+            state = adapter_state(self.model_wrapped)
+        elif self.is_fsdp_enabled:
+            state = gathered_state_dict(self.model)  # type: ignore[arg-type]
+        else:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_schedules(self.model, Path(output_dir))  # type: ignore[arg-type]
+        if self.is_deepspeed_enabled:
+            save_state(self.model_wrapped, Path(output_dir), write=self.args.should_save)
+            if self.args.should_save:
+                assert self.lr_scheduler is not None
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        load_state(self.model_wrapped, Path(resume_from_checkpoint))
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        return prepared
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:
+            load_state(self.model_wrapped, Path(self.state.best_model_checkpoint or ""))
+        else:
+            super()._load_best_model()
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         # MultiLoRA's scaling starts at zero and is a gate: decay would pull the whole update back to nothing.

@@ -1,0 +1,103 @@
+"""Parameters that an engine has cut into shards: FSDP2's DTensors and the partitions of DeepSpeed's ZeRO-3.
+
+Each rank holds a part of the tensor. What is computed element by element is computed on the parts; what needs the
+whole tensor gathers it, and then all ranks have to take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds only a part of `tensor`."""
+    return isinstance(tensor, DTensor) or _is_zero3(tensor)
+
+
+def part(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing the memory: of its own shape (FSDP2) or flat and padded (ZeRO-3)."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    # Out of its layer's forward and backward, ZeRO-3 leaves nothing in the parameter itself.
+    return tensor.ds_tensor.detach() if _is_zero3(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def whole(parts: Tensor, like: Tensor) -> Tensor:
+    """The tensor whose `parts` the ranks hold as they hold those of `like`. If that is sharded, all must call this."""
+    if isinstance(like, DTensor):
+        mesh, places = like.device_mesh, like.placements
+        return DTensor.from_local(parts, mesh, places, shape=like.shape, stride=like.stride()).full_tensor()
+    if not _is_zero3(like):
+        return parts
+    zero: Any = like
+    gathered = parts.new_empty(dist.get_world_size(zero.ds_process_group) * parts.numel())
+    dist.all_gather_into_tensor(gathered, parts.contiguous(), group=zero.ds_process_group)
+    return gathered[: zero.ds_numel].view(zero.ds_shape)
+
+
+def cut(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole `tensor` that every rank has; the inverse of `whole`."""
+    if isinstance(like, DTensor):
+        # None: nothing is sent, each rank cuts its own copy.
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    if not _is_zero3(like):
+        return tensor
+    zero: Any = like
+    size, rank = zero.ds_tensor.numel(), dist.get_rank(zero.ds_process_group)
+    mine = tensor.flatten()[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(mine, (0, size - mine.numel()))
+
+
+def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Have ZeRO-3 gather `parameters`, which another module owns, for the forward and backward of `module`.
+
+    It notices such reads by itself only where they happen to find a parameter that is not gathered at that moment.
+    """
+    if any(_is_zero3(parameter) for parameter in parameters):
+        from deepspeed.runtime.zero import register_external_parameter
+
+        for parameter in parameters:
+            register_external_parameter(module, parameter)
+
+
+def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters and fully trained modules of `model` as whole tensors on the CPU, by their names in `model`.
+
+    To be called on all ranks, and given to PEFT on the one that saves: `model.save_pretrained(folder, state_dict=…)`.
+    The frozen weights are not gathered: what is held beside the shards is one factor at a time.
+    """
+    return {
+        name.replace(_CHECKPOINT_PREFIX, ""): whole(part(tensor), tensor).cpu()
+        for name, tensor in _adapter_tensors(model)
+    }
+
+
+def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        tuner = module if isinstance(module, BaseTunerLayer) else None
+        # PEFT saves a targeted embedding or head in full beside its adapter.
+        embedding = tuner is not None and prefix.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+        if embedding or isinstance(module, AuxiliaryTrainingWrapper):
+            yield from _tensors(module, prefix)
+        elif tuner is not None:
+            for name in tuner.adapter_layer_names:
+                yield from _tensors(module.get_submodule(name), f"{prefix}.{name}")
+
+
+def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(prefix)
+    yield from module.named_buffers(prefix)
+
+
+def _is_zero3(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_tensor")  # DeepSpeed's only mark
