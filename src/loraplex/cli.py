@@ -257,6 +257,12 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
             raise
         print(f"\nstopped at once\n{resuming}", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        from loraplex.training.memory import explain, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(args, error, explain(run, error))
     if result.signal is None:
         print_summary(result)
         return 0
