@@ -161,12 +161,9 @@ def _adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
     # Copies of the modules, not of their tensors.
     tensors: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
     skeleton = copy.deepcopy(model, tensors | {id(b): b.to("meta") for b in model.buffers()})
-    config = copy.deepcopy(config)
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = False  # some ways to start read the weights, and all give the same shapes
     # The device as a context too: PEFT alone would draw every factor on the CPU and then drop it.
     with torch.device("meta"):
-        return get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+        return get_peft_model(skeleton, copy.deepcopy(config), low_cpu_mem_usage=True)
 
 
 def _settings(config: Any, adapted: PeftModel) -> dict[str, Any]:
