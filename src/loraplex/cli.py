@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -59,6 +60,19 @@ examples:
   loraplex export runs/multilora -o lora/multilora --max-error 0.01
   loraplex export runs/dual -o merged/dual --format merged"""
 
+_BUDGET_HELP = """\
+Nothing is loaded but the model's config. Without --match or --params each method is counted at its defaults and the
+settings below; with one of them r is what comes nearest. Settings hold for the methods that have them:
+
+  --adapter.FIELD V         a field of the methods' configs: r, target_modules, num_experts, …
+  --revision R, --gguf_file F, --trust_remote_code true
+                            where the model is from
+
+examples:
+  loraplex budget package:smollm2-135m
+  loraplex budget meta-llama/Llama-3.1-70B --match lora:r=16 --adapter.target_modules all-linear
+  loraplex budget ./model --params 0.5% --methods masa,aslora --tokens 8192 --dtype bfloat16 --autocast"""
+
 # Options of the commands that take overrides; any other --option is one.
 _OWN_OPTIONS = {
     "train": {"--resume", "--dry-run", "--debug", "--help"},
@@ -67,6 +81,10 @@ _OWN_OPTIONS = {
     "export": {
         *("--run", "--format", "--engine", "--compress", "--rank", "--max-error", "--dtype", "--calibration", "--safe"),
         *("--force", "--output", "--json", "--debug", "--help"),
+    },
+    "budget": {
+        *("--methods", "--match", "--params", "--tokens", "--dtype", "--task", "--autocast"),
+        *("--json", "--debug", "--help"),
     },
 }
 
@@ -135,6 +153,24 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
+    budget = add("budget", "plan parameters, memory and file size of each method from a model's config", _BUDGET_HELP)
+    budget.add_argument("model", metavar="MODEL", help="hub id, local folder, or package:NAME; a config is enough")
+    budget.add_argument("--methods", metavar="A,B", help="default: masa,aslora,dual_lora,multilora,lora")
+    budget.add_argument(
+        "--match", metavar="METHOD:FIELD=V", help="as many trainable parameters as this adapter has: lora:r=16"
+    )
+    budget.add_argument("--params", metavar="N", help="as many as this: 2M, 300k, 4194304, or 0.5%% of the base model")
+    budget.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a step: batch × length; default 4096")
+    budget.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the base weights; default: the config's",
+    )
+    budget.add_argument("--task", choices=("sft", "classification"), default="sft", help="default: sft")
+    budget.add_argument("--autocast", action="store_true", help="the step runs under autocast, as train does on a GPU")
+    budget.add_argument("--json", action="store_true", help="print JSON, sizes in bytes, instead of tables")
+
     inspect = add("inspect", "show an adapter's parameters, sharing map and merge history")
     inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
     inspect.add_argument(
@@ -165,6 +201,9 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 / 143 for a signal."""
+    if argv is None:
+        # The process is ours: what the imports made stays, and need not be searched for garbage again and again.
+        gc.freeze()
     own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(own)
     try:
@@ -219,6 +258,12 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
             raise
         note(f"\nstopped at once\n{resuming}")
         return 130
+    except (RuntimeError, MemoryError) as error:
+        from loraplex.training.memory import explain, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _fail(args, error, explain(run, error))
     if result.signal is None:
         if is_main():
             print_summary(result)
@@ -285,6 +330,23 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
     return 0
 
 
+def _budget(args: argparse.Namespace, overrides: list[str]) -> int:
+    _quiet(data=False)
+    from loraplex.training.budgeting import METHODS, BudgetJob, plan_methods
+    from loraplex.training.config import parse_overrides
+    from loraplex.training.report import print_budgets
+
+    methods = METHODS if args.methods is None else [method.strip() for method in args.methods.split(",")]
+    names = ("model", "match", "params", "tokens", "dtype", "task", "autocast")
+    job = BudgetJob(methods=methods, **{name: getattr(args, name) for name in names})
+    report = plan_methods(job, parse_overrides(overrides))
+    if args.json:
+        _print_json(report.to_dict())
+    else:
+        print_budgets(report)
+    return 0
+
+
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     from loraplex.inspect import describe
     from loraplex.training.report import print_description
@@ -314,20 +376,22 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _quiet() -> None:
-    """Show our own progress and the libraries' errors, but not their advice."""
+def _quiet(data: bool = True) -> None:
+    """Show our own progress and the libraries' errors, but not their advice; `data`: the command reads data sets."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
     import transformers
 
     # Deprecations between the libraries are nothing that a user of this command can act on.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     transformers.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
+    if data:
+        import datasets
+
+        datasets.utils.logging.set_verbosity_error()
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "export": _export, "merge": _merge, "inspect": _inspect}
+_COMMANDS = {"train": _train, "eval": _eval, "export": _export, "merge": _merge, "budget": _budget, "inspect": _inspect}
 
 if __name__ == "__main__":
     sys.exit(main())

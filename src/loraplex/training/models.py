@@ -130,17 +130,18 @@ def load_skeleton(
 ) -> PreTrainedModel:
     """A base model's modules from its config alone, all on the meta device: no weight is read or made.
 
+    A classifier without `label_names` gets the classes that its config names, and needs no tokenizer.
+
     Raises whatever `load_model` raises for the model's name, the task and the labels.
     """
     path, options = _resolve(model, source)
-    auto: Any = AutoModelForCausalLM
-    if task == "classification":
+    auto: Any = AutoModelForSequenceClassification if task == "classification" else AutoModelForCausalLM
+    if label_names is not None:
         names = _label_names(None, label_names)
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: index for index, name in enumerate(names)}
-        auto = AutoModelForSequenceClassification
     config = AutoConfig.from_pretrained(path, **options)
-    if task == "classification":
+    if label_names is not None:
         config.pad_token_id = load_tokenizer(model, **source).pad_token_id
     with torch.device("meta"):
         skeleton: PreTrainedModel = auto.from_config(config, trust_remote_code=source.get("trust_remote_code", False))

@@ -16,11 +16,15 @@ from loraplex.inspect import Description
 from loraplex.merged import MergedExport
 
 if TYPE_CHECKING:
+    from loraplex.budget import Budget
     from loraplex.calibrate import Calibration
+    from loraplex.training.budgeting import BudgetReport
     from loraplex.training.run import Result
 
 # Choices of equal length have equal accuracies: one row is enough then.
 _SAME_AS = {"accuracy_norm": "accuracy"}
+# Columns of words, which stand at the left.
+_WORDS = {"task", "metric", "module", "factors", "family", "factor", "shape", "read by layers", "method", "settings"}
 _METRICS = ("loss", "perplexity", "accuracy", "accuracy_norm", "f1")
 
 
@@ -159,11 +163,70 @@ def print_export(export: LoraExport | MergedExport, calibration: Calibration | N
     console.print(_facts(facts))
 
 
+def print_budgets(report: BudgetReport) -> None:
+    """What each method's adapter is, and what a step with it takes: a table each, with a row per method."""
+    console, budgets = make_console(), report.budgets
+    weights = next(iter(budgets.values())).weight_bytes
+    facts = [("base model", report.model)]
+    facts.append(("", f"{report.base_parameters:,} parameters, {size_text(weights)} as {report.dtype}"))
+    common = _common([budget.settings for budget in budgets.values()])
+    if common:
+        facts.append(("each adapter", _settings(common)))
+    if report.target is not None:
+        facts.append(("to match", f"{report.target:,} trainable parameters ({report.reference})"))
+    console.print(_facts(facts))
+    merges = any(budget.merged_file_bytes != budget.file_bytes for budget in budgets.values())
+    more = ["off by"] if report.target is not None else []
+    merged = ["after all merges"] if merges else []
+    table = _table("Adapter", "method", "settings", "trainable", "of base", *more, "file", *merged)
+    for method, budget in budgets.items():
+        own = {name: value for name, value in budget.settings.items() if name not in common}
+        cells = [f"{budget.parameters:,}", f"{budget.share:.3%}"]
+        cells += [f"{budget.excess:+,}"] if budget.excess is not None else []
+        cells += [size_text(size) for size in (budget.file_bytes, *([budget.merged_file_bytes] if merges else []))]
+        table.add_row(method, _settings(own), *cells)
+    console.print(table)
+    autocast = " under autocast" if report.autocast else ""
+    table = _table(f"Memory of a step of {report.tokens:,} tokens{autocast}", "method", *STEP_PARTS, "together")
+    for method, budget in budgets.items():
+        table.add_row(method, *map(size_text, step_parts(budget).values()), size_text(budget.step_bytes))
+    console.print(table)
+    console.print("On top: what the frozen model keeps for backward, and buffers of single operations.")
+
+
+STEP_PARTS = ("weights", "adapter", "gradients", "AdamW", "kept for backward")
+
+
+def step_parts(budget: Budget) -> dict[str, int]:
+    """The parts of a step's memory, in bytes, under the names that people are shown."""
+    adapter = (budget.adapter_bytes, budget.gradient_bytes, budget.optimizer_bytes, budget.activation_bytes)
+    return dict(zip(STEP_PARTS, (budget.weight_bytes, *adapter), strict=True))
+
+
+def _common(settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all adapters share; a single one shares nothing."""
+    first, *others = settings
+    return {k: v for k, v in first.items() if others and all(k in o and o[k] == v for o in others)}
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items())
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them: "121.6 MiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def _table(title: str, *columns: str) -> Table:
     """A table whose names are folded, never cut, and whose numbers stand at the right."""
     table = Table(title=title, title_justify="left")
     for column in columns:
-        words = column in ("task", "metric", "module", "factors", "family", "factor", "shape", "read by layers")
+        words = column in _WORDS
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
 

@@ -36,6 +36,7 @@ from loraplex.training.checkpoints import (
 from loraplex.training.config import ConfigError, RunConfig, to_yaml
 from loraplex.training.data import Task, build_mixture, load_task
 from loraplex.training.encode import encode_texts, encode_training
+from loraplex.training.memory import located
 from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
 from loraplex.training.models import load_model, load_tokenizer
 from loraplex.training.progress import note
@@ -101,7 +102,8 @@ def train(run: RunConfig, resume: bool = False) -> Result:
         write_atomic(output_dir / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
         if run.task == "classification":
             write_atomic(output_dir / LABELS_NAME, json.dumps(tasks[0].label_names) + "\n")
-    result = _run(trainer, stop, log, checkpoint, output_dir)
+    with located(trainer):
+        result = _run(trainer, stop, log, checkpoint, output_dir)
     if trainer.is_world_process_zero():
         plot_losses(log.rows, output_dir / PLOT_NAME, f"{run.method} on {Path(run.model).name}")
         if result.signal is None:
