@@ -9,6 +9,7 @@ from trl import SFTTrainer
 
 from loraplex.evaluate import Evaluator
 from loraplex.training.metrics import MetricsLog
+from loraplex.training.nonfinite import NonFiniteGuard
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -21,6 +22,17 @@ class _TaskEvaluation(_Base):
 
     evaluators: dict[str, Evaluator]
     metrics_log: MetricsLog
+    guard: NonFiniteGuard
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        random_state = self.guard.random_state()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.saw(inputs, random_state, loss)
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.guard.check_factors()
+        super().save_model(output_dir, _internal_call)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
