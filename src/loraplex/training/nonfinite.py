@@ -125,7 +125,8 @@ class NonFiniteGuard(TrainerCallback):
             NonFiniteError: one of them is not finite, on any rank.
         """
         trained = [(name, p) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
-        if not self._any_rank(_not_finite(p for _, p in trained).reshape(1))[0]:
+        largest = _norm((p for _, p in trained), math.inf)  # never overflows where every element is finite
+        if not self._any_rank(largest.isfinite().logical_not().reshape(1))[0]:
             return
         here = _broken_parameter(trained) or Finding("a trained parameter is not finite", sure=False, lasting=True)
         finding, _ = self._agree(here, 0.0)
@@ -140,10 +141,10 @@ class NonFiniteGuard(TrainerCallback):
             # The engine holds the gradients, has made the update and keeps their norm; in fp16 it skips overflows.
             norm = self.trainer.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
             bad = norm is not None and not math.isfinite(norm) and self.trainer.accelerator.mixed_precision != "fp16"
-            gradient = torch.tensor(bad)
+            norm = torch.tensor(math.inf if bad else 0.0)
         else:
-            gradient = _not_finite(p.grad for group in optimizer.param_groups for p in group["params"])
-        return self._any_rank(torch.stack([losses.isfinite().all().logical_not(), gradient.to(device)]))
+            norm = _norm((p.grad for group in optimizer.param_groups for p in group["params"]), 2)
+        return self._any_rank(torch.stack([losses.isfinite().all(), norm.isfinite().to(device)]).logical_not())
 
     def _any_rank(self, flags: Tensor) -> list[bool]:
         if _ranks() > 1:
@@ -236,12 +237,10 @@ def _all_masked(inputs: Mapping[str, Any]) -> bool:
     return bool((labels[..., 1:] if labels.ndim > 1 else labels).eq(_MASKED).all())
 
 
-def _not_finite(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Whether any element is NaN or Inf, as a tensor that nobody has to wait for."""
+def _norm(tensors: Iterable[Tensor | None], norm_type: float) -> Tensor:
+    """Of all tensors together; NaN or Inf if any element is, and nobody has to wait for it."""
     local = [_local(t.detach()) for t in tensors if t is not None]
-    # The largest magnitude: unlike the sum of squares it can't overflow where every element is finite.
-    norm = torch.nn.utils.get_total_norm([t for t in local if t.numel()], norm_type=math.inf)
-    return norm.isfinite().logical_not()
+    return torch.nn.utils.get_total_norm([t for t in local if t.numel()], norm_type)
 
 
 def _local(tensor: Tensor) -> Tensor:

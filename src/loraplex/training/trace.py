@@ -140,7 +140,8 @@ def _in_forward(name: str, module: nn.Module, kind: str) -> str:
 
 def kind_of(tensors: Iterable[Tensor]) -> str:
     """ "NaN" or "Inf" if one of them holds it, else ""."""
-    floating = [t for t in tensors if t.is_floating_point() and not t.isfinite().all()]
+    # Detached: gradient checkpointing counts what is saved for the backward pass.
+    floating = [t for t in map(Tensor.detach, tensors) if t.is_floating_point() and not t.isfinite().all()]
     if not floating:
         return ""
     return "NaN" if any(t.isnan().any() for t in floating) else "Inf"
