@@ -26,16 +26,17 @@ def test_names_are_those_that_people_use(name, said):
 
 
 class Block(nn.Module):
-    """Two layers, a residual and an in-place product; `fault` stands between them."""
+    """Two layers, a residual and an in-place product; a module and a bare function stand between them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.fault = nn.Linear(3, 3), nn.Linear(3, 3), nn.Identity()
+        self.function = lambda y: y
 
     def forward(self, x, attention_mask=None):
         y = self.first(x)
         y *= 2
-        return x + self.second(self.fault(y))
+        return x + self.second(self.function(self.fault(y)))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -64,6 +65,11 @@ def test_trace_names_the_innermost_module(checkpointed):
     assert found() is None
     model.blocks[1].fault.forward = InfBackward.apply
     assert found() == "blocks.1.fault"
+    model.blocks[1].function = InfBackward.apply
+    assert found() == "blocks.1"
+    model.blocks[2].function = lambda y: y / 0
+    assert found() == "blocks.2"
+    model.blocks[2].function = lambda y: y
     nn.init.constant_(model.blocks[2].second.weight, torch.inf)
     assert found() == "blocks.2.second"
     model.blocks[0].forward = lambda x, attention_mask: x / 0

@@ -134,12 +134,12 @@ class NonFiniteGuard(TrainerCallback):
         raise NonFiniteError(f"step {step} is not saved: {finding.text}. {self._way_on(finding)}")
 
     def _verdict(self, micro: list[_MicroBatch], optimizer: Any) -> list[bool]:
-        """(a loss is not finite, a gradient is not finite), the same on every rank."""
+        """(a loss is not finite, a gradient or their norm is not finite), the same on every rank."""
         device = self.trainer.args.device
         losses = torch.stack([m.loss for m in micro])
         if self.trainer.is_deepspeed_enabled:
             # The engine holds the gradients, has made the update and keeps their norm; in fp16 it skips overflows.
-            norm = self.trainer.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()
+            norm = self.trainer.deepspeed.get_global_grad_norm()
             bad = norm is not None and not math.isfinite(norm) and self.trainer.accelerator.mixed_precision != "fp16"
             norm = torch.tensor(math.inf if bad else 0.0)
         else:
