@@ -115,9 +115,10 @@ def test_skipped_update_changes_nothing(room, tmp_path, train, capfd, method, fa
     assert train(run, steps=[5], fault=fault, look=look, prepare=prepare) == 0
     assert unchanged == {step: step == 5 for step in range(1, 9)}
     assert "step 5 is left out, as the" in capfd.readouterr().err
-    found = [row for row in rows(out) if row["event"] == "skipped"]
-    where = {bad_loss: ("loss", None), bad_gradient: ("gradient", LAYER)}[fault]
-    assert [(row["step"], row["not_finite"], row["module"]) for row in found] == [(5, *where)]
+    found = [(row["step"], row["not_finite"], row["module"]) for row in rows(out) if row["event"] == "skipped"]
+    assert found == [(5, "loss", None) if fault is bad_loss else (5, "gradient", LAYER)]
+    lost = [row["step"] for row in rows(out) if row["event"] == "train" and row["loss"] is None]
+    assert lost == ([5] if fault is bad_loss else [])
     assert (out / "adapter_model.safetensors").is_file()
 
 
@@ -296,4 +297,4 @@ def test_ranks_stop_and_skip_together(room, tmp_path):
     assert [path.name for path in (tmp_path / "stop").glob("checkpoint-*")] == ["checkpoint-2"]
     assert [(row["step"], row["loss"]) for row in rows(tmp_path / "stop") if row["event"] == "train"][-1] == (3, None)
     skipped = [row for row in rows(tmp_path / "skip") if row["event"] == "skipped"]
-    assert [(row["step"], row["module"]) for row in skipped] == [(3, LAYER)]
+    assert [(row["step"], row["not_finite"], row["module"]) for row in skipped] == [(3, "loss", LAYER)]

@@ -52,6 +52,8 @@ class NonFiniteGuard(TrainerCallback):
         self.run = run
         self._micro: list[_MicroBatch] = []
         self._in_a_row = 0
+        self._unlogged = False
+        """Whether an update was left out since the loss was last logged."""
         self._step: Callable[..., Any] | None = None
         """The optimizer's own, while an update is left out."""
 
@@ -109,6 +111,7 @@ class NonFiniteGuard(TrainerCallback):
         scaler = self.trainer.accelerator.scaler
         if scaler is not None:
             scaler.update(scaler.get_scale())  # forgets that this update's gradients were unscaled
+        self._unlogged = True
         self._step = optimizer.step
         optimizer.step = lambda closure=None: None
         optimizer._is_overflow = True  # what optimizer.step_was_skipped tells
@@ -117,6 +120,12 @@ class NonFiniteGuard(TrainerCallback):
         if self._step is not None:
             kwargs["optimizer"].step, self._step = self._step, None
             kwargs["optimizer"]._is_overflow = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._unlogged and "loss" in kwargs["logs"]:
+            # The Trainer empties its sum of losses by taking it from itself, and a NaN stays one.
+            self.trainer._tr_loss.zero_()
+            self._unlogged = False
 
     def check_factors(self) -> None:
         """Called before trained parameters are written.
@@ -164,7 +173,7 @@ class NonFiniteGuard(TrainerCallback):
     def _find(self, micro: list[_MicroBatch], bad_loss: bool) -> Finding:
         """What this rank can tell about the fault. Nothing here waits for other ranks."""
         model = self.trainer.model
-        sharded = Finding("its module is not searched for where parameters are sharded", sure=False)
+        sharded = Finding("its module is not searched for under FSDP and DeepSpeed", sure=False)
         if self.trainer.is_deepspeed_enabled:
             return sharded
         if (broken := _broken_parameter(model.named_parameters())) is not None:
