@@ -26,6 +26,7 @@ Every key of RUN.yaml can be overridden: --key value or --key=value, dotted for 
   --adapter.FIELD V         a field of the method's config: r, lora_alpha, target_modules, …
   --data.N.FIELD V          a field of data set N (from 0): path, weight, prompt, response, eval_size, …
   --train.FIELD V           learning_rate, max_steps, per_device_train_batch_size, eval_steps, seed, …,
+                            on_nonfinite (stop or skip, at a NaN or Inf in loss or gradients),
                             and any other field of TRL's SFTConfig or transformers' TrainingArguments
   --output_dir DIR          where adapter, checkpoints, metrics.jsonl and loss.png go
 

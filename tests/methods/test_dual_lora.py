@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, layer, leaf, randomize
+from transformers import TrainerState
 
 import loraplex
 from loraplex import DualLoraConfig, ScheduleCallback

@@ -45,6 +45,8 @@ _TRAIN_RESERVED = {
     "remove_unused_columns": "the columns are prepared by loraplex",
     "full_determinism": "set seed",
 }
+_TRAIN_OURS = {"on_nonfinite"}
+"""Fields under `train` that are ours and not the trainer's."""
 
 
 def adapter_config(run: RunConfig) -> PeftConfig:
@@ -71,7 +73,7 @@ def training_arguments(run: RunConfig, **ours: Any) -> TrainingArguments:
         ConfigError: a field the class doesn't have (with the nearest name), of the wrong type or out of range.
     """
     cls = _arguments_class(run)
-    values: dict[str, Any] = {name: getattr(run.train, name) for name in TrainSection.model_fields}
+    values: dict[str, Any] = {n: getattr(run.train, n) for n in TrainSection.model_fields if n not in _TRAIN_OURS}
     values["eval_strategy"] = "steps" if run.train.eval_steps else "no"
     values |= _precision(run) | {
         "report_to": "none",

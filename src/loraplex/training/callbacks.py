@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -45,6 +46,22 @@ class MetricsCallback(TrainerCallback):
         if state.is_world_process_zero and logs and "loss" in logs:
             row = {ours: logs[theirs] for theirs, ours in _TRAIN_KEYS.items() if theirs in logs}
             self.log.add("train", state.global_step, row)
+
+
+class ResumedLearningRate(TrainerCallback):
+    """Lets a changed learning rate count in a resumed run; its checkpoint brings the old one back."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scheduler, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        if not isinstance(scheduler, LambdaLR) or set(scheduler.base_lrs) == {args.learning_rate}:
+            return
+        for group in groups:
+            group["lr"] *= args.learning_rate / group["initial_lr"]
+            group["initial_lr"] = args.learning_rate
+        rates = {"base_lrs": [args.learning_rate] * len(groups), "_last_lr": [group["lr"] for group in groups]}
+        scheduler.load_state_dict({**scheduler.state_dict(), **rates})
 
 
 class ProgressLine(TrainerCallback):

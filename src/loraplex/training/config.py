@@ -60,6 +60,9 @@ class TrainSection(BaseModel):
     eval_steps: int | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
     save_steps: int = Field(100, ge=1, description="updates between two checkpoints")
     save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="at a NaN or Inf in loss or gradients: stop the run, or leave the update out"
+    )
     seed: int = Field(0, ge=0, description="of the adapter, the mixture and the order of the examples")
 
     @property

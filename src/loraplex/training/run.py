@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from loraplex import ScheduleCallback
 from loraplex.evaluate import Evaluator, Metrics
 from loraplex.training.arguments import adapter_config, training_arguments
-from loraplex.training.callbacks import MetricsCallback, ProgressLine, StopOnSignal
+from loraplex.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
 from loraplex.training.card import model_card
 from loraplex.training.checkpoints import (
     LABELS_NAME,
@@ -39,6 +39,7 @@ from loraplex.training.encode import encode_texts, encode_training
 from loraplex.training.memory import located
 from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
 from loraplex.training.models import load_model, load_tokenizer
+from loraplex.training.nonfinite import NonFiniteGuard
 from loraplex.training.progress import note
 from loraplex.training.trainers import AnswerTrainer, ClassifierTrainer
 
@@ -95,7 +96,7 @@ def train(run: RunConfig, resume: bool = False) -> Result:
     )
     trainer = _build_trainer(run, arguments, tokenizer, tasks, peft_config)
     log = MetricsLog(output_dir / METRICS_NAME)
-    stop = _attach(trainer, evaluators, log)
+    stop = _attach(trainer, run, evaluators, log)
     if trainer.is_world_process_zero():
         log.start(None if checkpoint is None else step_of(checkpoint))
         write_atomic(output_dir / RUN_NAME, to_yaml(run))
@@ -184,12 +185,21 @@ def _build_trainer(
     )
 
 
-def _attach(trainer: Any, evaluators: dict[str, Evaluator], log: MetricsLog) -> StopOnSignal:
+def _attach(trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log: MetricsLog) -> StopOnSignal:
     stop = StopOnSignal()
+    trainer.guard = NonFiniteGuard(trainer, run)
     trainer.evaluators, trainer.metrics_log = evaluators, log
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    for callback in (ScheduleCallback(saves=False), MetricsCallback(log), ProgressLine(), stop):
+    ours = (
+        ScheduleCallback(saves=False),
+        ResumedLearningRate(),
+        MetricsCallback(log),
+        ProgressLine(),
+        trainer.guard,
+        stop,
+    )
+    for callback in ours:
         trainer.add_callback(callback)
     return stop
 

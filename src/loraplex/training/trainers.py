@@ -19,6 +19,7 @@ from loraplex.parallel import gathered_state_dict
 from loraplex.schedule import save_schedules
 from loraplex.training.checkpoints import SAVING
 from loraplex.training.metrics import MetricsLog
+from loraplex.training.nonfinite import NonFiniteGuard
 from loraplex.training.zero import adapter_state, load_state, save_state
 
 if TYPE_CHECKING:
@@ -32,9 +33,16 @@ class _TaskEvaluation(_Base):
 
     evaluators: dict[str, Evaluator]
     metrics_log: MetricsLog
+    guard: NonFiniteGuard
     _saving = False
     evaluated_at: int | None = None
     """The step of the latest evaluation, which every process knows; rank 0 alone has its rows."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        random_state = self.guard.random_state()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.saw(inputs, random_state, loss)
+        return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -91,6 +99,7 @@ class _TaskEvaluation(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter: the same file under every engine, without gathering the base model on one process."""
+        self.guard.check_factors()
         if self.is_deepspeed_enabled:
             state = adapter_state(self.model_wrapped)
         elif self.is_fsdp_enabled:
@@ -118,7 +127,8 @@ class _TaskEvaluation(_Base):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         load_state(self.model_wrapped, Path(resume_from_checkpoint))
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        assert self.optimizer is not None and self.lr_scheduler is not None
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
         return prepared
