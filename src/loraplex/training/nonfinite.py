@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loraplex.parallel import is_sharded, part
 from loraplex.training.checkpoints import RUN_NAME, checkpoints, fault_of
 from loraplex.training.config import ConfigError, RunConfig
 from loraplex.training.trace import Finding, Trace, kind_of, readable
@@ -178,7 +178,7 @@ class NonFiniteGuard(TrainerCallback):
             return sharded
         if (broken := _broken_parameter(model.named_parameters())) is not None:
             return broken
-        if any(isinstance(p, DTensor) for p in model.parameters()):
+        if any(is_sharded(p) for p in model.parameters()):
             return sharded
         for suspect in micro:
             if bad_loss and math.isfinite(suspect.loss.item()):
@@ -226,7 +226,7 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def _broken_parameter(named: Iterable[tuple[str, nn.Parameter]]) -> Finding | None:
-    broken = [(name, p, kind) for name, p in named if (kind := kind_of([_local(p.detach())]))]
+    broken = [(name, p, kind) for name, p in named if (kind := kind_of([part(p)]))]
     if not broken:
         return None
     name, parameter, kind = broken[0]
@@ -248,12 +248,8 @@ def _all_masked(inputs: Mapping[str, Any]) -> bool:
 
 def _norm(tensors: Iterable[Tensor | None], norm_type: float) -> Tensor:
     """Of all tensors together; NaN or Inf if any element is, and nobody has to wait for it."""
-    local = [_local(t.detach()) for t in tensors if t is not None]
+    local = [part(t) for t in tensors if t is not None]
     return torch.nn.utils.get_total_norm([t for t in local if t.numel()], norm_type)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _ranks() -> int:
