@@ -6,6 +6,7 @@ whole tensor gathers it, and then all ranks have to take part.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,8 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -58,6 +60,14 @@ def cut(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.nn.functional.pad(mine, (0, size - mine.numel()))
 
 
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, which all ranks hold, on the mesh of `like` if that is a DTensor."""
+    if not isinstance(like, DTensor):
+        return tensor
+    places = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(tensor, like.device_mesh, places, run_check=False)
+
+
 def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Have ZeRO-3 gather `parameters`, which another module owns, for the forward and backward of `module`.
 
@@ -68,6 +78,21 @@ def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:
 
         for parameter in parameters:
             register_external_parameter(module, parameter)
+        module.register_forward_pre_hook(_refuse_reentrant)
+
+
+def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Raise a ValueError in a recomputation that would give ZeRO-3 a shared factor's gradient layer by layer."""
+    frame = sys._getframe() if torch.is_grad_enabled() else None
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            raise ValueError(
+                "Reentrant activation checkpointing computes the gradient of a factor that several layers read in "
+                "pieces, of which ZeRO-3 loses all but one. Train with gradient_checkpointing_kwargs="
+                "{'use_reentrant': False, 'determinism_check': 'none'}; TRL's trainers overwrite use_reentrant under "
+                "ZeRO-3, so set it in trainer.args once the trainer is made."
+            )
+        frame = frame.f_back
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:

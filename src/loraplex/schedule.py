@@ -140,7 +140,8 @@ class Scheduled(SharedFactors):
         """What a resume needs and neither adapter nor optimizer holds, as whole tensors. All ranks must call it."""
         parameters, state = dict(self.named_parameters()), {}
         for name, entries in self._private_state.items():
-            for key, value in entries.items():
+            for key, entry in entries.items():
+                value = entry["step"] if isinstance(entry, dict) else entry  # kept from being cast, as in an optimizer
                 tensor = isinstance(value, Tensor)
                 state[f"{name}/{key}"] = whole(value, parameters[name]).cpu() if tensor else torch.tensor(value)
         return state

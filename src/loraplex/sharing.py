@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors
-from loraplex.parallel import announce_reads, is_sharded
+from loraplex.parallel import announce_reads, is_sharded, replicated
 
 BANK = "loraplex_bank"
 
@@ -85,6 +87,19 @@ class SharedFactors(nn.Module):
 
     def fill_stale(self, prefix: str, state: dict[str, Tensor]) -> None:
         """Add to `state`, read from a file, what `stale_parameters` left out. Keys are `prefix` + parameter name."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # accelerate's loading on rank 0 only knows entries of a mesh, and FSDP2 leaves buffers out of it.
+        like = next(chain(self.parameters(), *(f.parameters() for f in self.member_factors())))
+        for name, buffer in self.named_buffers(recurse=False):
+            destination[prefix + name] = replicated(buffer, like)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, _ in self.named_buffers(recurse=False):
+            if isinstance(value := state_dict.get(prefix + name), DTensor):
+                state_dict[prefix + name] = value.to_local()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def member_factors(self) -> Iterator[Factors]:
         """The factors of all layers of this adapter."""

@@ -92,6 +92,18 @@ def training_arguments(run: RunConfig, **ours: Any) -> TrainingArguments:
         raise ConfigError(f"train: {error}") from None
 
 
+def checkpoint_without_reentry(arguments: Any) -> None:
+    """Undo what TRL does to activation checkpointing under ZeRO-3; factors that layers share need it.
+
+    Its reason, that ZeRO-3's parameters look different when activations are recomputed, is met by not comparing.
+    """
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if name in {f.name for f in dataclasses.fields(arguments)}:
+            kwargs = getattr(arguments, name) or {}
+            setattr(arguments, name, {**kwargs, "use_reentrant": False, "determinism_check": "none"})
+            return
+
+
 def _renamed(cls: type[TrainingArguments], values: dict[str, Any]) -> dict[str, Any]:
     """Newer transformers call gradient checkpointing activation checkpointing, and warn about the old name."""
     if "activation_checkpointing" in {f.name for f in dataclasses.fields(cls)}:

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplex import ScheduleCallback
 from loraplex.evaluate import Evaluator, Metrics
-from loraplex.training.arguments import adapter_config, training_arguments
+from loraplex.training.arguments import adapter_config, checkpoint_without_reentry, training_arguments
 from loraplex.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
 from loraplex.training.card import model_card
 from loraplex.training.checkpoints import (
@@ -189,6 +189,8 @@ def _attach(trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log:
     stop = StopOnSignal()
     trainer.guard = NonFiniteGuard(trainer, run)
     trainer.evaluators, trainer.metrics_log = evaluators, log
+    if trainer.is_deepspeed_enabled:
+        checkpoint_without_reentry(trainer.args)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     ours = (

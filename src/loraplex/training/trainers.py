@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from loraplex.schedule import save_schedules
 from loraplex.training.checkpoints import SAVING
 from loraplex.training.metrics import MetricsLog
 from loraplex.training.nonfinite import NonFiniteGuard
-from loraplex.training.zero import adapter_state, load_state, save_state
+from loraplex.training.zero import load_state, save_state
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -64,6 +65,10 @@ class _TaskEvaluation(_Base):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        # accelerate wraps the forward in autocast for every engine but FSDP2.
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -100,14 +105,10 @@ class _TaskEvaluation(_Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter: the same file under every engine, without gathering the base model on one process."""
         self.guard.check_factors()
-        if self.is_deepspeed_enabled:
-            state = adapter_state(self.model_wrapped)
-        elif self.is_fsdp_enabled:
-            state = gathered_state_dict(self.model)  # type: ignore[arg-type]
-        else:
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=state)
+        self._save(output_dir, state_dict=gathered_state_dict(self.model))  # type: ignore[arg-type]
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -122,6 +123,10 @@ class _TaskEvaluation(_Base):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self.is_fsdp_enabled:
+            # Its policy would round factors to half precision before they are multiplied; autocast rounds the products,
+            # as on one process. Dual LoRA's signs would not be those that merging sees.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)

@@ -20,23 +20,15 @@ from loraplex.parallel import cut, gathered_state_dict, is_sharded, part
 ZERO_NAME = "optimizer.safetensors"
 
 
-def adapter_state(engine: Any) -> dict[str, Tensor]:
-    """The adapter as whole tensors, trained parameters as the float32 that the optimizer steps. On all ranks."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    state = gathered_state_dict(engine.module)
-    for name, parameter in _trained(engine.module):
-        state[name] = safe_get_full_fp32_param(parameter).cpu()
-    return state
-
-
 def save_state(engine: Any, folder: Path, write: bool) -> None:
     """Write weights, the optimizer's state and the loss scale; all ranks must call it, one of them with `write`."""
-    from deepspeed.utils import safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    tensors = {f"weight/{name}": tensor for name, tensor in adapter_state(engine).items()}
+    tensors = {f"weight/{name}": tensor for name, tensor in gathered_state_dict(engine.module).items()}
     moments, counts = _entries(engine)
     for name, parameter in _trained(engine.module):
+        # The float32 weight that is stepped; the module computes with one in half precision, if so configured.
+        tensors[f"weight/{name}"] = safe_get_full_fp32_param(parameter).cpu()
         for key in moments:
             tensors[f"{key}/{name}"] = safe_get_full_optimizer_state(parameter, key).cpu()
     tensors |= {f"count/{key}": count for key, count in counts.items()}
@@ -67,7 +59,9 @@ def load_state(engine: Any, folder: Path) -> None:
             _put(parameter, value.to(part(parameter).device), None if key == "weight" else key)
     for state in engine.optimizer.optimizer.state.values():
         for key in counts:
-            state[key] = tensors[f"count/{key}"].to(state[key]) if isinstance(state[key], Tensor) else counts[key]
+            # Copied: each group counts its steps in a tensor of its own.
+            count = tensors[f"count/{key}"]
+            state[key] = count.to(state[key], copy=True) if isinstance(state[key], Tensor) else count.item()
     for name, buffer in engine.module.named_buffers():
         if (value := tensors.get(f"weight/{name}")) is not None:
             buffer.copy_(value)
@@ -97,6 +91,10 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _entries(engine: Any) -> tuple[list[str], dict[str, Tensor]]:
     """(keys of the optimizer's state that have a number per weight, the others with their values)."""
+    if engine.zero_optimization_stage() < 3:
+        # DeepSpeed finds a parameter's part of the state once, when only the first group of them has any.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     base = engine.optimizer.optimizer
     flat, state = next(iter(base.state.items()))
     moments = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flat.shape]
@@ -109,7 +107,6 @@ def _make_optimizer_state(engine: Any) -> None:
     groups = zero.optimizer.param_groups
     if engine.zero_optimization_stage() < 3:
         _init_optim_state(zero.optimizer)
-        zero._lazy_init_hp_params_optimizer_state()
         return
     # ZeRO-3 puts parameters into their group for the moment of their step only.
     for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
