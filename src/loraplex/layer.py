@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex import base_weight
 from loraplex.config import AdapterConfig
+from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,6 +103,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Of the last merge: ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base layer stores."""
         self._unmerged: tuple[Any, ...] | None = None
         self._tied_weight: nn.Parameter | None = None
+        self._engine_checked = False
         inner = self.get_base_layer()
         self.in_features: int
         self.out_features: int
@@ -152,6 +154,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        if self.training and not self._engine_checked and not torch.compiler.is_compiling():
+            refuse_fsdp1()
+            self._engine_checked = True
         result = self.base_layer(x, *args, **kwargs)
         if self.training and not base_weight.passes_gradient(self, x, result):
             raise ValueError(
@@ -168,6 +173,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             if factors is not None:
                 result = result + factors(self._cast_input_dtype(x, factors.lora_A.dtype))
         return result.to(dtype)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ValueError(
+            f"Adapters can't be trained under nn.DataParallel: copies of a layer would not share factors. {DDP_INSTEAD}"
+        )
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):

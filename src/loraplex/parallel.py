@@ -7,7 +7,8 @@ whole tensor gathers it, and then all ranks have to take part.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,8 +18,18 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.utils.checkpoint import CheckpointFunction
+
+FSDP2_INSTEAD = (
+    "Use FSDP2: fsdp_version: 2 in accelerate's configuration (FSDP_VERSION=2), or torch.distributed.fsdp.fully_shard "
+    "on each layer and on the whole model."
+)
+DDP_INSTEAD = (
+    "Start one process per GPU instead (torchrun --nproc_per_node N, accelerate launch --multi_gpu), or show it one "
+    "GPU only (CUDA_VISIBLE_DEVICES=0)."
+)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -83,16 +94,26 @@ def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:
 
 def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raise a ValueError in a recomputation that would give ZeRO-3 a shared factor's gradient layer by layer."""
-    frame = sys._getframe() if torch.is_grad_enabled() else None
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.backward.__code__:
-            raise ValueError(
-                "Reentrant activation checkpointing computes the gradient of a factor that several layers read in "
-                "pieces, of which ZeRO-3 loses all but one. Train with gradient_checkpointing_kwargs="
-                "{'use_reentrant': False, 'determinism_check': 'none'}; TRL's trainers overwrite use_reentrant under "
-                "ZeRO-3, so set it in trainer.args once the trainer is made."
-            )
+    if torch.is_grad_enabled() and _is_called_by(CheckpointFunction.backward):
+        raise ValueError(
+            "Reentrant activation checkpointing computes the gradient of a factor that several layers read in pieces, "
+            "of which ZeRO-3 loses all but one. Train with gradient_checkpointing_kwargs={'use_reentrant': False, "
+            "'determinism_check': 'none'}; TRL's trainers overwrite use_reentrant under ZeRO-3, so set it in "
+            "trainer.args once the trainer is made."
+        )
+
+
+def refuse_fsdp1() -> None:
+    """Raise a ValueError in a forward under FSDP1, which flattens parameters: factors that layers share lose theirs."""
+    if _is_called_by(FullyShardedDataParallel.forward):
+        raise ValueError(f"Adapters can't be trained under FSDP1. {FSDP2_INSTEAD}")
+
+
+def _is_called_by(function: Callable[..., Any]) -> bool:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
+    return frame is not None
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:

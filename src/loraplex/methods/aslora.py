@@ -233,7 +233,7 @@ class AsLoraShared(Scheduled):
         for family in self.families:
             merges = state.get(f"{prefix}{family}__merges")
             if merges is not None:
-                for layer, owner in enumerate(merges[0].tolist()):
+                for layer, owner in enumerate(part(merges)[0].tolist()):
                     B = state.get(f"{prefix}{family}__lora_B_{owner}")
                     if B is not None:
                         # Nothing reads it; the parameters of a run must not change in number.

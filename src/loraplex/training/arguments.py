@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 from typing import Any, get_type_hints
 
 import torch
+from accelerate.utils import str_to_bool
 from peft import PeftConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from loraplex.parallel import DDP_INSTEAD, FSDP2_INSTEAD
 from loraplex.training.config import ConfigError, RunConfig, TrainSection, unknown_key
 
 # method → where its config class lives
@@ -90,6 +93,20 @@ def training_arguments(run: RunConfig, **ours: Any) -> TrainingArguments:
         return cls(output_dir=run.output_dir, **_renamed(cls, values))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train: {error}") from None
+
+
+def check_engine(arguments: TrainingArguments) -> None:
+    """Refuse, before a model is loaded, what it could not be trained under.
+
+    Raises:
+        ConfigError: several GPUs without a launcher (nn.DataParallel), or FSDP1.
+    """
+    if arguments.n_gpu > 1:
+        raise ConfigError(f"{arguments.n_gpu} GPUs are visible to one process. {DDP_INSTEAD}")
+    plugin = arguments.fsdp_plugin_args or {}
+    version = plugin.get("fsdp_version") if plugin else os.environ.get("FSDP_VERSION", "1")
+    if (plugin or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))) and int(version or 1) != 2:
+        raise ConfigError(f"adapters can't be trained under FSDP1. {FSDP2_INSTEAD}")
 
 
 def checkpoint_without_reentry(arguments: Any) -> None:

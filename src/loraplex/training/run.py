@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from loraplex import ScheduleCallback
 from loraplex.evaluate import Evaluator, Metrics
-from loraplex.training.arguments import adapter_config, checkpoint_without_reentry, training_arguments
+from loraplex.training.arguments import adapter_config, check_engine, checkpoint_without_reentry, training_arguments
 from loraplex.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
 from loraplex.training.card import model_card
 from loraplex.training.checkpoints import (
@@ -85,7 +85,7 @@ def train(run: RunConfig, resume: bool = False) -> Result:
     checkpoint = _starting_point(run, output_dir, resume)
     peft_config = adapter_config(run)  # refuses a wrong field before the model is loaded
     with_eval = bool(run.train.eval_steps)
-    training_arguments(run, eval_on_start=checkpoint is None)
+    check_engine(training_arguments(run, eval_on_start=checkpoint is None))
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, tasks = load_data(run)
     evaluators = make_evaluators(run, tasks, tokenizer)

@@ -1,0 +1,65 @@
+"""Runs the `loraplex` command in each process of a launcher, with CPUs and gloo in place of GPUs and NCCL.
+
+Arguments: a file of jobs, `[{"argv": […], …}]`, that run one after the other, and a folder for their exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers.training_args
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+import loraplex.training.run
+from loraplex.cli import main
+from loraplex.training.trainers import AnswerTrainer
+
+
+def use_cpus() -> None:
+    """Let accelerate and transformers take CPUs for the devices that their engines ask for."""
+    zero, fsdp = (os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("DEEPSPEED", "FSDP"))
+    kind = DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
+    kind = DistributedType.DEEPSPEED if zero else kind
+    PartialState._prepare_backend = lambda *_: ("gloo", kind)
+    PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    if zero:
+        import deepspeed.comm  # noqa: F401
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiles C++
+
+
+def die_while_saving(rank: int) -> None:
+    """Kill this process, if it has `rank`, in the middle of its second checkpoint."""
+    saves, save = [], AnswerTrainer._save_rng_state
+
+    def save_or_die(trainer: AnswerTrainer, output_dir: str) -> None:
+        saves.append(output_dir)
+        if len(saves) == 2 and dist.get_rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(trainer, output_dir)
+
+    AnswerTrainer._save_rng_state = save_or_die
+
+
+def run(job: dict) -> int:
+    if job.get("reentrant"):
+        loraplex.training.run.checkpoint_without_reentry = lambda arguments: None
+    if (rank := job.get("dies")) is not None:
+        die_while_saving(rank)
+    return main(job["argv"])
+
+
+if __name__ == "__main__":
+    jobs, folder = map(Path, sys.argv[1:])
+    use_cpus()
+    codes = [run(job) for job in json.loads(jobs.read_text())]
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(codes))
+    dist.destroy_process_group()
