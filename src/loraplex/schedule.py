@@ -120,7 +120,15 @@ class Scheduled(SharedFactors):
 
     def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any] | None:
         known = (optimizer() for optimizer in self._optimizers)
-        found = next((o.state[parameter] for o in known if o is not None and id(parameter) in _held(o)), None)
+        # Its state is asked first: to look through all groups for each of hundreds of parameters takes milliseconds.
+        found = next(
+            (
+                o.state[parameter]
+                for o in known
+                if o is not None and (parameter in o.state or id(parameter) in _held(o))
+            ),
+            None,
+        )
         if found is None or is_sharded(parameter):
             # Not in a sharded optimizer's state: distributed checkpoints drop the keys that torch does not know.
             return None if found is None else self._own_state(parameter)

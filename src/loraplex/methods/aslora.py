@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 def update_average(average: Tensor, B: Tensor, t: int) -> Tensor:
-    """B̄ᵗ = B̄ᵗ⁻¹ + (Bᵗ − B̄ᵗ⁻¹)/t in float32 (eq. 3, incrementally)."""
-    return average + (B.float() - average) / t
+    """B̄ᵗ = B̄ᵗ⁻¹ + (Bᵗ − B̄ᵗ⁻¹)/t in float32 (eq. 3, incrementally), in place."""
+    return average.lerp_(B.float(), 1 / t)
 
 
 def _stored_average(state: dict[str, Any], B: Tensor) -> Tensor:
