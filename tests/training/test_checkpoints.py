@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import write_run
+from runs import rows, write_run
 
 from loraplex.cli import main
+from loraplex.files import put_in_place
+from loraplex.training import trainers
 from loraplex.training.checkpoints import last_complete, outdated, seal
 from loraplex.training.config import ConfigError
 from loraplex.training.lock import LOCK_NAME, locked
@@ -77,6 +79,21 @@ def test_best_adapter_is_the_end_of_a_finished_run(finished):
     (finished / "adapter_model.safetensors").unlink()
     assert main(["train", str(finished / "run.yaml"), "--resume"]) == 0
     assert (finished / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_last_evaluation_comes_before_the_last_checkpoint(room, tmp_path, monkeypatch):
+    """A run that ends right after that checkpoint has nothing left to do but to copy its adapter."""
+    run = write_run(room, tmp_path / "out", "lora", train={"max_steps": 2, "eval_steps": None, "save_steps": 2})
+
+    def put_in_place_and_end(*folders: Path) -> None:
+        put_in_place(*folders)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainers, "put_in_place", put_in_place_and_end)
+        assert main(["train", str(run)]) == 130
+    assert main(["train", str(run), "--resume"]) == 0
+    assert [(row["step"], row["event"]) for row in rows(tmp_path / "out")][-2:] == [(2, "eval"), (2, "end")]
 
 
 def test_metrics_cut_off_within_a_character(tmp_path):

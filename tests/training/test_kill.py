@@ -56,7 +56,7 @@ def unbroken(room, launch):
 
 def configured(room: Path, output_dir: Path, method: str) -> Path:
     output_dir.parent.mkdir(exist_ok=True)
-    adapter = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    adapter = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
     adapter |= METHODS[method] | LONGER.get(method, {})
     return write_run(room, output_dir, method, adapter=adapter, train={**TRAIN, **CHANGES[method]})
 
@@ -107,13 +107,13 @@ def test_random_kills(room, tmp_path, launch, unbroken, method):
 
 MERGING = ["merges[1, lower] = t", "self.maps[family] = mapped", "gone = state_of("]
 BEFORE = ["os.rename .metrics.jsonl.*.tmp", "os.mkdir .saving/checkpoint-*", "os.rename .saving/checkpoint-*"]
-BEFORE += ["os.rename checkpoint-*", "os.remove optimizer.pt", "os.remove files.json", "os.rmdir .saving"]
+BEFORE += ["os.rename checkpoint-*", "os.remove optimizer.pt", "os.remove files.json"]
 WRITING = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 WRITING = [f".saving/checkpoint-*/{name}" for name in (*WRITING, "trainer_state.json", "files.json")]
 WRITING += [".lock", ".run.yaml.*.tmp", ".metrics.jsonl.*.tmp", "metrics.jsonl"]
 FINISHED = ["os.rename .adapter_model.safetensors.*.tmp", "os.rename .loss.png.*.tmp"]
 WRITING_FINISHED = [".adapter_model.safetensors.*.tmp", ".loss.png.*.tmp", ".README.md.*.tmp", "metrics.jsonl"]
-ENDING = ["os.mkdir .adapter-*", "os.rename .adapter-*/adapter_model.safetensors"]
+LAST = ["os.rename .adapter-*/adapter_model.safetensors", "os.rmdir .saving"]
 
 
 def test_kills_at_chosen_moments(room, tmp_path, launch, unbroken):
@@ -144,15 +144,15 @@ def test_kills_at_chosen_moments(room, tmp_path, launch, unbroken):
         die(die_at, out, operation)
     for name in WRITING:
         die_halfway(name)
-    for operation in [ENDING[0], *FINISHED]:
+    for operation in ["os.mkdir .adapter-*", *FINISHED]:
         die(die_at, out, operation)
     for name in WRITING_FINISHED:
         die_halfway(name)
     end()
-    for path in [checkpoints(out)[0], out / "adapter_model.safetensors"]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    die(die_at, out, ENDING[1])
-    end()
+    for operation in LAST:
+        shutil.rmtree(checkpoints(out)[0])
+        die(die_at, out, operation)
+        end()
 
 
 def length(whole: Path, name: str) -> int:
