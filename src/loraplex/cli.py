@@ -229,7 +229,7 @@ def _fail(args: argparse.Namespace, error: Exception, message: str) -> int:
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:
-    extra = {"trl", "datasets", "pydantic", "yaml", "gguf", "matplotlib"}
+    extra = {"trl", "datasets", "pydantic", "yaml", "gguf", "matplotlib", "psutil"}
     if error.name in extra:
         return f'{error.name} is not installed: pip install "loraplex[train]"'
     return str(error)

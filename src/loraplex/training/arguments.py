@@ -99,8 +99,15 @@ def check_engine(arguments: TrainingArguments) -> None:
     """Refuse, before a model is loaded, what it could not be trained under.
 
     Raises:
-        ConfigError: several GPUs without a launcher (nn.DataParallel), or FSDP1.
+        ConfigError: several GPUs without a launcher (nn.DataParallel), a launcher's processes that would not know of
+            each other, or FSDP1.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and arguments.world_size == 1:
+        raise ConfigError(
+            f"{launched} processes were started, but without an accelerator each would train alone: set "
+            "--train.use_cpu true to train on CPUs."
+        )
     if arguments.n_gpu > 1:
         raise ConfigError(f"{arguments.n_gpu} GPUs are visible to one process. {DDP_INSTEAD}")
     plugin = arguments.fsdp_plugin_args or {}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-import zipfile
-from pathlib import Path
+import shutil
+from pathlib import Path, PurePosixPath
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from loraplex.training.config import ConfigError, RunConfig, load_run
 
 RUN_NAME = "run.yaml"
 LABELS_NAME = "labels.json"
 SAVING = ".saving"
-"""Where a checkpoint is written before it gets its name."""
+"""Where a checkpoint is written before it gets its name, and where an old one goes to be deleted."""
+UNMOVED = ".adapter-"
+"""What the folders are called in which the adapter is written at the end."""
+FILES_NAME = "files.json"
+"""A checkpoint's file → its size and digest."""
 
 # Keys that say how often to write something, or where; they don't touch what is trained.
 _HARMLESS = {
@@ -55,34 +58,54 @@ def last_complete(output_dir: Path) -> tuple[Path, list[str]]:
     raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start the run without --resume.")
 
 
+def seal(checkpoint: Path) -> None:
+    """List the checkpoint's files with their sizes and digests; what is not as listed is not whole."""
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
+    listed = {str(PurePosixPath(file.relative_to(checkpoint))): _signature(file) for file in files}
+    (checkpoint / FILES_NAME).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
 def fault_of(checkpoint: Path) -> str | None:
-    """What makes a checkpoint unusable, or None; a kill while it was written leaves files out or cuts them short."""
-    state_file = checkpoint / "trainer_state.json"  # the Trainer writes it last
+    """What makes a checkpoint unusable, or None: a file that is missing, cut off or damaged."""
     try:
-        step = json.loads(state_file.read_text(encoding="utf-8"))["global_step"]
+        listed = json.loads((checkpoint / FILES_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return f"{state_file.name} is missing"
-    except (ValueError, KeyError):
-        return f"{state_file.name} is cut off"
-    if step != step_of(checkpoint):
-        return f"{state_file.name} is of step {step}"
-    if not any(p.name.startswith(("optimizer", "global_step", "pytorch_model_fsdp")) for p in checkpoint.iterdir()):
-        return "the optimizer's state is missing"
-    for file in sorted(checkpoint.rglob("*")):
-        # torch's files are zip archives, whose directory stands at the end
-        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
-            return f"{file.name} is cut off"
-        if file.suffix == ".safetensors" and not _is_whole(file):
-            return f"{file.name} is cut off"
+        return f"{FILES_NAME} is missing"
+    except ValueError:
+        return f"{FILES_NAME} is cut off"
+    for name, signature in listed.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size < signature["bytes"]:
+            return f"{name} is cut off"
+        if _signature(file) != signature:
+            return f"{name} is damaged"
     return None
 
 
-def _is_whole(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
+def _signature(file: Path) -> dict[str, int | str]:
+    with file.open("rb") as data:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(data, "sha256").hexdigest()}
+
+
+def outdated(output_dir: Path, step: int, limit: int | None, best: str | None) -> list[Path]:
+    """The checkpoints beyond `limit`, now that the one of `step` is written; it and `best` stay.
+
+    Those of later steps go first: the run fell back behind them because they are not whole.
+    """
+    found = sorted(checkpoints(output_dir), key=lambda path: (step_of(path) <= step, step_of(path)))
+    spare = [path for path in found if step_of(path) != step and str(path) != best]
+    return spare[: max(0, len(found) - limit)] if limit else []
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for path in output_dir.glob(".*"):
+        if path.name == SAVING or path.name.startswith(UNMOVED):
+            shutil.rmtree(path)
+        elif path.suffix == ".tmp" and path.is_file():
+            path.unlink()
 
 
 def check_fresh(output_dir: Path) -> None:

@@ -26,11 +26,11 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics file; a last line that was cut off by a kill is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    data = path.read_bytes()  # whose last line may end within a character
+    whole = data[: data.rfind(b"\n") + 1]
     try:
         return [json.loads(line) for line in whole.splitlines()]
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} holds a line that is not JSON ({error}): delete the line or the file.") from None
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from loraplex import ScheduleCallback
 from loraplex.evaluate import Evaluator, Metrics
@@ -27,20 +29,23 @@ from loraplex.training.card import model_card
 from loraplex.training.checkpoints import (
     LABELS_NAME,
     RUN_NAME,
+    UNMOVED,
     check_fresh,
     check_same_run,
     checkpoints,
     last_complete,
+    remove_leftovers,
     step_of,
 )
 from loraplex.training.config import ConfigError, RunConfig, to_yaml
 from loraplex.training.data import Task, build_mixture, load_task
 from loraplex.training.encode import encode_texts, encode_training
+from loraplex.training.lock import locked
 from loraplex.training.memory import located
 from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
 from loraplex.training.models import load_model, load_tokenizer
 from loraplex.training.nonfinite import NonFiniteGuard
-from loraplex.training.progress import note
+from loraplex.training.progress import is_main, note
 from loraplex.training.trainers import AnswerTrainer, ClassifierTrainer
 
 VERSIONS_NAME = "versions.json"
@@ -82,19 +87,25 @@ def train(run: RunConfig, resume: bool = False) -> Result:
         ConfigError: the configuration or the state of `output_dir` doesn't allow it.
     """
     output_dir = Path(run.output_dir)
-    checkpoint = _starting_point(run, output_dir, resume)
-    peft_config = adapter_config(run)  # refuses a wrong field before the model is loaded
-    with_eval = bool(run.train.eval_steps)
-    check_engine(training_arguments(run, eval_on_start=checkpoint is None))
+    # All refuse what is wrong before anything is loaded or written.
+    adapter_config(run)
+    check_engine(training_arguments(run, eval_on_start=not resume))
+    if resume and not output_dir.is_dir():
+        raise ConfigError(f"output_dir {output_dir} does not exist, so there is nothing to resume: leave --resume out.")
     output_dir.mkdir(parents=True, exist_ok=True)
+    with locked(output_dir) if is_main() else nullcontext():
+        return _train(run, output_dir, _starting_point(run, output_dir, resume))
+
+
+def _train(run: RunConfig, output_dir: Path, checkpoint: Path | None) -> Result:
     tokenizer, tasks = load_data(run)
     evaluators = make_evaluators(run, tasks, tokenizer)
     arguments = training_arguments(
         run,
         eval_on_start=checkpoint is None and bool(evaluators),
-        **({} if evaluators and with_eval else {"eval_strategy": "no"}),
+        **({} if evaluators and run.train.eval_steps else {"eval_strategy": "no"}),
     )
-    trainer = _build_trainer(run, arguments, tokenizer, tasks, peft_config)
+    trainer = _build_trainer(run, arguments, tokenizer, tasks, adapter_config(run))
     log = MetricsLog(output_dir / METRICS_NAME)
     stop = _attach(trainer, run, evaluators, log)
     if trainer.is_world_process_zero():
@@ -113,11 +124,11 @@ def train(run: RunConfig, resume: bool = False) -> Result:
 
 
 def _starting_point(run: RunConfig, output_dir: Path, resume: bool) -> Path | None:
+    if is_main():
+        remove_leftovers(output_dir)
     if not resume:
         check_fresh(output_dir)
         return None
-    if not output_dir.is_dir():
-        raise ConfigError(f"output_dir {output_dir} does not exist, so there is nothing to resume: leave --resume out.")
     checkpoint, faults = last_complete(output_dir)
     for warning in [*faults, *check_same_run(run, output_dir)]:
         note(f"warning: {warning}")
@@ -193,30 +204,23 @@ def _attach(trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log:
         checkpoint_without_reentry(trainer.args)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    ours = (
-        ScheduleCallback(saves=False),
-        ResumedLearningRate(),
-        MetricsCallback(log),
-        ProgressLine(),
-        trainer.guard,
-        stop,
-    )
-    for callback in ours:
+    ours = (ScheduleCallback(saves=False), ResumedLearningRate(), MetricsCallback(log), ProgressLine())
+    for callback in (*ours, trainer.guard, stop):
         trainer.add_callback(callback)
     return stop
 
 
 def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | None, output_dir: Path) -> Result:
     started = time.monotonic()
-    finished = checkpoint is not None and _is_finished(checkpoint)
-    if not finished:
+    finished = None if checkpoint is None else _finished_state(checkpoint)
+    if finished is not None:
+        trainer.state = finished
+    else:
         with stop.installed():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     result = Result(output_dir, trainer.state.global_step)
-    if finished:
-        assert checkpoint is not None
-        result.step = step_of(checkpoint)
-        _move_files(checkpoint, output_dir, copy=True)
+    if finished is not None:
+        _move_files(output_dir / f"checkpoint-{_saved_step(trainer, result.step)}", output_dir, copy=True)
     elif stop.signal is not None and result.step < trainer.state.max_steps:
         result.signal = stop.signal
         result.checkpoint = next(iter(checkpoints(output_dir)), None)
@@ -233,10 +237,10 @@ def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | N
     return result
 
 
-def _is_finished(checkpoint: Path) -> bool:
+def _finished_state(checkpoint: Path) -> TrainerState | None:
     # The Trainer would take a step too many if it were asked to continue from its last one.
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state if state.global_step >= state.max_steps else None
 
 
 def _saved_step(trainer: Any, step: int) -> int:
@@ -246,7 +250,7 @@ def _saved_step(trainer: Any, step: int) -> int:
 
 def _save(trainer: Any, output_dir: Path) -> None:
     """Save the adapter under a temporary name, then move its files to their place."""
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter-") as folder:
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=UNMOVED) as folder:
         trainer.save_model(folder)
         if trainer.is_world_process_zero():
             _move_files(Path(folder), output_dir)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from loraplex.evaluate import Evaluator
 from loraplex.files import put_in_place
 from loraplex.parallel import gathered_state_dict
 from loraplex.schedule import save_schedules
-from loraplex.training.checkpoints import SAVING
+from loraplex.training.checkpoints import SAVING, outdated, seal
 from loraplex.training.metrics import MetricsLog
 from loraplex.training.nonfinite import NonFiniteGuard
 from loraplex.training.zero import load_state, save_state
@@ -76,6 +76,8 @@ class _TaskEvaluation(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint under `.saving`, and rename it once all processes have written their files."""
+        if self.evaluators and self.evaluated_at != self.state.global_step == self.state.max_steps:
+            self.evaluate()  # now: a run that is killed after its last checkpoint has nothing left to evaluate
         run_dir = Path(super()._get_output_dir(trial))
         saving, name = run_dir / SAVING, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -92,14 +94,12 @@ class _TaskEvaluation(_Base):
                 self.state.save_to_json(str(saving / name / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            seal(saving / name)
             put_in_place(saving / name, run_dir / name)
-            saving.rmdir()
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            for old in outdated(run_dir, self.state.global_step, limit, best):
+                os.rename(old, saving / old.name)  # first, so that a half-deleted one is no checkpoint
+            shutil.rmtree(saving)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
