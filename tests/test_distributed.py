@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel train as one process does on the same global batch."""
+"""Plain loops in two processes, under DDP and FSDP2, train as one process does on the same global batch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,27 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex import (
+    AsLoraConfig,
+    DualLoraConfig,
+    MasaConfig,
+    MultiLoraConfig,
+    gathered_state_dict,
+    load_schedules,
+    save_schedules,
+)
 from loraplex.methods.aslora import AsLoraShared
 from loraplex.methods.dual_lora import DualLoraShared
 from loraplex.schedule import schedules
@@ -23,6 +38,7 @@ from loraplex.schedule import schedules
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 STEPS, BATCH, VOCAB = 7, 4, 32
+ENGINES = ("ddp", "fsdp2")
 COMMON: dict[str, Any] = {
     "r": 4,
     "lora_alpha": 12,
@@ -71,16 +87,30 @@ def progress(model: nn.Module) -> Any:
     return shared.warmup.tolist() if isinstance(shared, DualLoraShared) else None
 
 
-def train(method: str, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """Losses, progress and adapter after a run; each rank takes its share of the same global batches."""
+def distribute(model: PeftModel, engine: str) -> nn.Module:
+    if engine == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=False)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(
+    method: str, rank: int = 0, world: int = 1, engine: str = "alone", folder: Path | None = None
+) -> dict[str, Any]:
+    """Losses, progress and adapter after a run; each rank takes its share of the same global batches.
+
+    With a folder the run stops half-way, keeps what a resume needs there, and goes on in a model made anew.
+    """
     peft_model = adapted(method)
-    model: nn.Module = peft_model
-    if world > 1:
-        model = DistributedDataParallel(peft_model, find_unused_parameters=False)
+    model = peft_model if engine == "alone" else distribute(peft_model, engine)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     losses = []
     for step in range(STEPS):
+        if folder is not None and step == STEPS // 2:
+            peft_model, model, optimizer = made_anew(method, peft_model, optimizer, engine, folder)
         share = global_batch(step).chunk(world)[rank]
         loss = model(input_ids=share, labels=share).loss
         loss.backward()
@@ -90,8 +120,33 @@ def train(method: str, rank: int = 0, world: int = 1) -> dict[str, Any]:
         if world > 1:
             dist.all_reduce(mean)
         losses.append(mean.item() / world)
-    state = {k: v.clone() for k, v in get_peft_model_state_dict(peft_model).items()}
+    state = whole_adapter(peft_model)
     return {"losses": losses, "progress": progress(peft_model), "adapter": state}
+
+
+def whole_adapter(model: PeftModel) -> dict[str, Tensor]:
+    gathered = get_peft_model_state_dict(model, state_dict=gathered_state_dict(model))
+    return {key: tensor.clone() for key, tensor in gathered.items()}
+
+
+def made_anew(
+    method: str, model: PeftModel, optimizer: torch.optim.Optimizer, engine: str, folder: Path
+) -> tuple[PeftModel, nn.Module, torch.optim.Optimizer]:
+    """Another model, wrapped and trained as far as `model`, as a program of its own would make it."""
+    options = StateDictOptions(full_state_dict=True)
+    moments = get_optimizer_state_dict(model, optimizer, options=options)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_schedules(model, folder)
+    state = whole_adapter(model)
+    dist.barrier()
+    again = adapted(method)
+    set_peft_model_state_dict(again, state)
+    wrapped = distribute(again, engine)
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=1e-2)
+    set_optimizer_state_dict(again, optimizer, moments, options=options)
+    load_schedules(again, folder)
+    wrapped.train()
+    return again, wrapped, optimizer
 
 
 def worker(rank: int, world: int, port: int, folder: str) -> None:
@@ -99,7 +154,9 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        torch.save({method: train(method, rank, world) for method in CASES}, Path(folder) / f"{rank}.pt")
+        runs = {f"{engine}-{method}": train(method, rank, world, engine) for engine in ENGINES for method in CASES}
+        runs["resumed-ASLORA"] = train("ASLORA", rank, world, "fsdp2", Path(folder) / "checkpoint")
+        torch.save(runs, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -115,26 +172,34 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_two_processes_train_as_one(method: str, ranks: list[dict[str, Any]]) -> None:
-    alone = train(method)
+RUNS = [*(f"{engine}-{method}" for engine in ENGINES for method in CASES), "resumed-ASLORA"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_train_as_one(run: str, ranks: list[dict[str, Any]]) -> None:
+    alone = train(run.partition("-")[2])
     for rank in ranks:
-        assert rank[method]["progress"] == alone["progress"]
-        torch.testing.assert_close(torch.tensor(rank[method]["losses"]), torch.tensor(alone["losses"]))
+        assert rank[run]["progress"] == alone["progress"]
+        torch.testing.assert_close(torch.tensor(rank[run]["losses"]), torch.tensor(alone["losses"]))
         for key, value in alone["adapter"].items():
-            torch.testing.assert_close(rank[method]["adapter"][key], value, rtol=1e-3, atol=1e-4, msg=key)
+            torch.testing.assert_close(rank[run]["adapter"][key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_both_processes_hold_the_same_adapter(method: str, ranks: list[dict[str, Any]]) -> None:
-    one, other = (rank[method]["adapter"] for rank in ranks)
+@pytest.mark.parametrize("run", RUNS)
+def test_both_processes_hold_the_same_adapter(run: str, ranks: list[dict[str, Any]]) -> None:
+    one, other = (rank[run]["adapter"] for rank in ranks)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_merges_and_warmup_happened(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("engine", [*ENGINES, "resumed"])
+def test_merges_happened(engine: str, ranks: list[dict[str, Any]]) -> None:
     """Steps went on after each merge, so a parameter without a gradient would have stopped the run."""
-    history, maps = ranks[0]["ASLORA"]["progress"]
+    history, maps = ranks[0][f"{engine}-ASLORA"]["progress"]
     assert [merge[0] for merge in history] == [3, 3, 5, 5]
     assert all(mapped == [2, 2, 2, 3] for mapped in maps.values())
-    assert ranks[0]["DUALLORA"]["progress"] == [5, 5]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_warmup_happened(engine: str, ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0][f"{engine}-DUALLORA"]["progress"] == [5, 5]

@@ -3,8 +3,9 @@
 from loraplex.calibrate import Calibration, calibrate
 from loraplex.export import LoraExport, Rank, export_lora
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex.parallel import gathered_state_dict
 from loraplex.registry import add_adapter, load_adapter
-from loraplex.schedule import ScheduleCallback, set_total_steps, step
+from loraplex.schedule import ScheduleCallback, load_schedules, save_schedules, set_total_steps, step
 from loraplex.version import __version__
 
 __all__ = [
@@ -20,7 +21,10 @@ __all__ = [
     "add_adapter",
     "calibrate",
     "export_lora",
+    "gathered_state_dict",
     "load_adapter",
+    "load_schedules",
+    "save_schedules",
     "set_total_steps",
     "step",
 ]
