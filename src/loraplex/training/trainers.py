@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -22,6 +22,8 @@ from loraplex.training.checkpoints import SAVING, outdated, seal
 from loraplex.training.metrics import MetricsLog
 from loraplex.training.nonfinite import NonFiniteGuard
 from loraplex.training.zero import load_state, save_state
+
+SCHEDULER_JSON = "scheduler.json"
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -118,7 +120,8 @@ class _TaskEvaluation(_Base):
             save_state(self.model_wrapped, Path(output_dir), write=self.args.should_save)
             if self.args.should_save:
                 assert self.lr_scheduler is not None
-                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+                text = json.dumps(self.lr_scheduler.state_dict(), indent=2) + "\n"
+                Path(output_dir, SCHEDULER_JSON).write_text(text, encoding="utf-8")
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -131,9 +134,10 @@ class _TaskEvaluation(_Base):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         load_state(self.model_wrapped, Path(resume_from_checkpoint))
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
+        text = Path(resume_from_checkpoint, SCHEDULER_JSON).read_text(encoding="utf-8")
+        self.lr_scheduler.load_state_dict(json.loads(text))
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
         return prepared
