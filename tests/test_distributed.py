@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -83,7 +85,7 @@ def global_batch(step: int) -> Tensor:
 def progress(model: nn.Module) -> Any:
     shared = dict(schedules(model)).get("default")
     if isinstance(shared, AsLoraShared):
-        return sorted(shared.merge_history()), shared.maps
+        return [[list(merge) for merge in sorted(shared.merge_history())], shared.maps]
     return shared.warmup.tolist() if isinstance(shared, DualLoraShared) else None
 
 
@@ -156,7 +158,9 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     try:
         runs = {f"{engine}-{method}": train(method, rank, world, engine) for engine in ENGINES for method in CASES}
         runs["resumed-ASLORA"] = train("ASLORA", rank, world, "fsdp2", Path(folder) / "checkpoint")
-        torch.save(runs, Path(folder) / f"{rank}.pt")
+        adapters = {f"{run}/{key}": t for run, result in runs.items() for key, t in result.pop("adapter").items()}
+        save_file(adapters, Path(folder) / f"{rank}.safetensors")
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(runs))
     finally:
         dist.destroy_process_group()
 
@@ -169,7 +173,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(worker, args=(2, port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [read_runs(folder, rank) for rank in range(2)]
+
+
+def read_runs(folder: Path, rank: int) -> dict[str, Any]:
+    runs = json.loads((folder / f"{rank}.json").read_text())
+    for path, tensor in load_file(folder / f"{rank}.safetensors").items():
+        run, key = path.split("/")
+        runs[run].setdefault("adapter", {})[key] = tensor
+    return runs
 
 
 RUNS = [*(f"{engine}-{method}" for engine in ENGINES for method in CASES), "resumed-ASLORA"]

@@ -104,7 +104,7 @@ def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def refuse_fsdp1() -> None:
-    """Raise a ValueError in a forward under FSDP1, which flattens parameters: factors that layers share lose theirs."""
+    """Raise a ValueError in a forward under FSDP1, whose flat shards ASLoRA would merge without a word."""
     if _is_called_by(FullyShardedDataParallel.forward):
         raise ValueError(f"Adapters can't be trained under FSDP1. {FSDP2_INSTEAD}")
 
@@ -124,11 +124,12 @@ def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         name.replace(_CHECKPOINT_PREFIX, ""): whole(part(tensor), tensor).cpu()
-        for name, tensor in _adapter_tensors(model)
+        for name, tensor in adapter_tensors(model)
     }
 
 
-def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def adapter_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the adapters and fully trained modules, as this rank holds them."""
     for prefix, module in model.named_modules():
         tuner = module if isinstance(module, BaseTunerLayer) else None
         # PEFT saves a targeted embedding or head in full beside its adapter.

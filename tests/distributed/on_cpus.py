@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -49,11 +50,21 @@ def die_while_saving(rank: int) -> None:
     AnswerTrainer._save_rng_state = save_or_die
 
 
+def die_after(rank: int, seconds: float) -> None:
+    """Kill this process, if it has `rank`, at whatever it does then."""
+    if int(os.environ["RANK"]) == rank:
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+
 def run(job: dict) -> int:
     if job.get("reentrant"):
         loraplex.training.run.checkpoint_without_reentry = lambda arguments: None
     if (rank := job.get("dies")) is not None:
         die_while_saving(rank)
+    if "dies_after" in job:
+        die_after(*job["dies_after"])
     return main(job["argv"])
 
 

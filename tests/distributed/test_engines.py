@@ -6,8 +6,10 @@ gradients and recomputes activations.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -223,6 +225,33 @@ def test_a_process_that_is_killed_while_saving(room: Path, alone: Path, tmp_path
     assert codes == [[0], [0]], text
     assert_same_run(run, alone / "aslora")
     assert not list(run.glob(".*"))
+
+
+def test_random_kills(engine: str, together: Path, room: Path, alone: Path, tmp_path: Path) -> None:
+    """Of one process of two, at any moment; LORAPLEX_KILLS asks for a longer series."""
+    whole, run = together / "aslora", tmp_path / "aslora"
+    seconds = (whole / "adapter_model.safetensors").stat().st_mtime - (whole / "run.yaml").stat().st_mtime
+    draw = random.Random(list(ENGINES).index(engine))
+    killed: list[tuple[int, float]] = []
+    for number in itertools.count():
+        if not (resumes := any(run.glob("checkpoint-*"))):
+            shutil.rmtree(run, ignore_errors=True)
+        going_on = job(room, run, "aslora", 2)
+        going_on["argv"] += ["--resume"] * resumes
+        if len(killed) < int(os.environ.get("LORAPLEX_KILLS", "1")):
+            going_on["dies_after"] = draw.randrange(2), draw.uniform(0.1, 0.7) * seconds
+        codes, text = launch(engine, 2, [going_on], tmp_path / f"launch-{number}")
+        if codes == [[0], [0]]:
+            assert_same_run(run, alone / "aslora")
+            assert not list(run.glob(".*"))
+            if "dies_after" not in going_on:
+                break
+            shutil.rmtree(run)
+        else:
+            assert "dies_after" in going_on, text
+            assert "SIGKILL" in text, text
+            killed.append(going_on["dies_after"])
+    print(f"{engine}: a run takes {seconds:.1f} s; (rank, after s) killed: {killed}")
 
 
 def test_reentrant_checkpointing_under_zero3_is_refused(room: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class DualLoraFactors(Factors):
             "lora_D": (self.out_features, r2),
         }
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.randn(shape) * config.init_std))
+            self.register_parameter(name, nn.Parameter(torch.randn(shape).mul_(config.init_std)))
         self.lora_B: nn.Parameter
         self.lora_C: nn.Parameter
         self.lora_D: nn.Parameter

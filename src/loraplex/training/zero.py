@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 from loraplex.files import write_tensors
-from loraplex.parallel import cut, gathered_state_dict, is_sharded, part
+from loraplex.parallel import adapter_tensors, cut, is_sharded, part
 
 ZERO_NAME = "optimizer.safetensors"
 
@@ -24,7 +24,7 @@ def save_state(engine: Any, folder: Path, write: bool) -> None:
     """Write weights, the optimizer's state and the loss scale; all ranks must call it, one of them with `write`."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    tensors = {f"weight/{name}": tensor for name, tensor in gathered_state_dict(engine.module).items()}
+    tensors = {f"buffer/{name}": buffer.cpu() for name, buffer in _buffers(engine.module)}
     moments, counts = _entries(engine)
     for name, parameter in _trained(engine.module):
         # The float32 weight that is stepped; the module computes with one in half precision, if so configured.
@@ -62,9 +62,8 @@ def load_state(engine: Any, folder: Path) -> None:
             # Copied: each group counts its steps in a tensor of its own.
             count = tensors[f"count/{key}"]
             state[key] = count.to(state[key], copy=True) if isinstance(state[key], Tensor) else count.item()
-    for name, buffer in engine.module.named_buffers():
-        if (value := tensors.get(f"weight/{name}")) is not None:
-            buffer.copy_(value)
+    for name, buffer in _buffers(engine.module):
+        buffer.copy_(tensors[f"buffer/{name}"])
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.cur_scale = tensors["count/loss_scale"].item()
 
@@ -83,6 +82,11 @@ def _put(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
     part(parameter).copy_(mine)
     if sharded and parameter.numel():
         parameter.data.copy_(value)  # small ones stay gathered
+
+
+def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """What the adapters hold beside parameters: merge maps, the warm-up's step."""
+    return [(name, t) for name, t in adapter_tensors(model) if not isinstance(t, nn.Parameter)]
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
