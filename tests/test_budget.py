@@ -256,26 +256,30 @@ def measured(method: str, dtype: torch.dtype, autocast: bool, **settings) -> tup
 @pytest.mark.parametrize("method", ALL)
 def test_activations_are_what_autograd_keeps(method, dtype, autocast):
     planned, kept = measured(method, dtype, autocast)
+    if method == "dual_lora" and autocast and dtype == torch.float32:
+        # It needs no copy of W in bfloat16, which the frozen model keeps.
+        kept += 2 * LAYERS * sum(o * i for o, i in SHAPES.values())
     # Under autocast, a shared factor's one copy is counted for each layer: r of T + r rows.
     assert planned == pytest.approx(kept, rel=0.02 if autocast else 0.001)
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_activations_of_all_linear_layers(method):
-    planned, kept = measured(method, torch.bfloat16, False, target_modules="all-linear")
-    assert planned == pytest.approx(kept, rel=0.001)
-    # Without a cast o_proj reads what attention keeps anyway: x is counted once too often.
-    planned, kept = measured(method, torch.float32, False, target_modules="all-linear")
-    assert planned - 12 * 32 * HIDDEN * 4 * LAYERS == pytest.approx(kept, rel=0.001)
+    for dtype in (torch.bfloat16, torch.float32):
+        planned, kept = measured(method, dtype, False, target_modules="all-linear")
+        # Without a cast o_proj reads what attention keeps anyway: x is counted once too often.
+        casts = dtype == torch.bfloat16 and method != "dual_lora"
+        twice = 0 if casts else 12 * 32 * HIDDEN * dtype.itemsize * LAYERS
+        assert planned - twice == pytest.approx(kept, rel=0.001)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("method", ALL)
 def test_activations_with_dropout(method, autocast):
     planned, kept = measured(method, torch.bfloat16, autocast, lora_dropout=0.1)
-    # Dropout's mask is four bytes per element on a CPU, and one on a GPU.
-    masks = 3 if method == "masa-sum" else 1
-    assert planned + masks * 3 * (12 * 32) * HIDDEN * 2 * LAYERS == pytest.approx(kept, rel=0.01)
+    # Dropout's mask is as wide as its input on a CPU, and one byte per element on a GPU.
+    wider = (3 if method == "masa-sum" else 1) * ((2 if method == "dual_lora" else 4) - 1)
+    assert planned + wider * (12 * 32) * HIDDEN * 2 * LAYERS == pytest.approx(kept, rel=0.01)
 
 
 # The command

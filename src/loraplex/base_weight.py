@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBackend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraplex.parallel import is_sharded
 
 if TYPE_CHECKING:
     from loraplex.layer import AdapterLinear
@@ -94,6 +97,27 @@ def write(layer: AdapterLinear, weight: Tensor) -> Tensor:
         # PEFT's HQQ backend makes a new layer, without the bias.
         new.bias = inner.bias
     return read(layer)
+
+
+def plain(layer: AdapterLinear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """(W (out, in), b or None), where calling the base layer does no more than W x + b and trains neither; else None.
+
+    Whoever hooks a module (accelerate moves weights, users record activations) expects it to be called.
+    """
+    inner: Any = layer.base_layer
+    if type(inner) not in (nn.Linear, Conv1D) or "forward" in inner.__dict__:
+        return None
+    weight, bias = inner.weight, inner.bias
+    if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
+        return None
+    # A parameter of another type is quantised or distributed.
+    if type(weight) is not nn.Parameter or is_sharded(weight):
+        return None
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return None  # for the base layer to say what is wrong
+    return (weight.T if layer.fan_in_fan_out else weight), bias
 
 
 def passes_gradient(layer: AdapterLinear, x: Tensor, result: Tensor) -> bool:

@@ -230,14 +230,17 @@ def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
         factors: Any = layer if lora else layer.factors(_NAME)
         A = factors.lora_A[_NAME].weight if lora else factors.lora_A
         dropout = factors.lora_dropout[_NAME] if lora else factors.dropout
-        s, c = (2, 2) if autocast else (A.element_size(), 0)
+        base = layer.get_base_layer().weight.dtype
+        as_base = not lora and factors.input_dtype is None
+        dtype = base if as_base else A.dtype
+        s, c = (2, 2) if autocast else (dtype.itemsize, 0)
         total += _KEPT[LoraLayer if lora else type(factors)](factors, tokens, s, c)
         inputs = tokens * layer.in_features
         if isinstance(dropout, nn.Dropout):
             # Each draw keeps its result and, on a GPU, a mask of one byte per element.
             draws = factors.num_experts if isinstance(factors, MasaFactors) and factors.mixing == "sum" else 1
             total += draws * inputs * (s + 1)
-        elif autocast or layer.get_base_layer().weight.dtype != A.dtype:
+        elif (autocast and not as_base) or (torch.bfloat16 if autocast else dtype) != base:
             total += inputs * s  # a cast copy for each module
         elif (source := _source(name)) not in read:
             read.add(source)
@@ -273,6 +276,8 @@ def _kept_aslora(f: AsLoraFactors, T: int, s: int, c: int) -> int:
 
 
 def _kept_dual_lora(f: DualLoraFactors, T: int, s: int, c: int) -> int:
+    if f.compute != "reference":
+        return 4 + 8  # the scale, and the seed of its rounding
     # In float32, under autocast too: ReLU(BA), the same scaled, Sign(DC); and ΔW as it is computed with.
     return f.out_features * f.in_features * (3 * 4 + s)
 

@@ -62,9 +62,18 @@ class Factors(nn.Module, ABC):
         with torch.autocast(A.device.type, enabled=False):
             return B[rows] @ A
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """The dtype in which `forward` wants x; None: that in which the base layer gets it."""
+        return self.lora_A.dtype
+
+    def takes_weight(self, x: Tensor) -> bool:
+        """Whether `forward` wants the base layer's weight and bias beside x, to return all of h. No by default."""
+        return False
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """ΔW x, scaling included: `(..., in)` → `(..., out)`. `x` has the dtype of `lora_A`."""
+        """ΔW x, scaling included: `(..., in)` → `(..., out)`. `x` has the dtype `input_dtype`."""
 
     def check_mergeable(self) -> None:
         """Raise a ValueError where ΔW is not a constant matrix. Nothing to check by default."""
@@ -157,6 +166,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if self.training and not self._engine_checked and not torch.compiler.is_compiling():
             refuse_fsdp1()
             self._engine_checked = True
+        if (whole := self._forward_with_weight(x)) is not None:
+            return whole
         result = self.base_layer(x, *args, **kwargs)
         if self.training and not base_weight.passes_gradient(self, x, result):
             raise ValueError(
@@ -171,8 +182,24 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         for adapter_name in self.active_adapters:
             factors = self.factors(adapter_name)
             if factors is not None:
-                result = result + factors(self._cast_input_dtype(x, factors.lora_A.dtype))
+                result = result + factors(self._cast(x, factors))
         return result.to(dtype)
+
+    def _forward_with_weight(self, x: Tensor) -> Tensor | None:
+        """h, where the only active adapter computes it with the base weight; else None."""
+        only: Factors | None = None
+        for adapter_name in self.active_adapters:
+            factors = self.factors(adapter_name)
+            if factors is not None and only is not None:
+                return None
+            only = factors or only
+        if only is None or self.merged_adapters or not only.takes_weight(x):
+            return None
+        plain = base_weight.plain(self, x)
+        return None if plain is None else only(x, *plain)
+
+    def _cast(self, x: Tensor, factors: Factors) -> Tensor:
+        return x if (dtype := factors.input_dtype) is None else self._cast_input_dtype(x, dtype)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ValueError(
@@ -194,7 +221,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             factors = self.factors(adapter_name)
             if factors is not None:
                 rows = [i for i, name in enumerate(adapter_names) if name == adapter_name]
-                delta = factors(self._cast_input_dtype(x[rows], factors.lora_A.dtype))
+                delta = factors(self._cast(x[rows], factors))
                 result[rows] = (result[rows] + delta).to(result.dtype)
         return result
 

@@ -6,18 +6,23 @@ positive inputs and −1 otherwise; its gradient is passed straight through, cli
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_count, check_number, check_steps
+from loraplex.config import AdapterConfig, check_choice, check_count, check_number, check_steps
+from loraplex.gated import compute_dtype, gated_linear, has_kernels
 from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
 from loraplex.schedule import Scheduled, StateOf, Stepped
 from loraplex.sharing import Member, read
+
+logger = logging.getLogger(__name__)
 
 
 class Sign(torch.autograd.Function):
@@ -78,6 +83,7 @@ class DualLoraFactors(Factors):
 
     def add_parameters(self, config: DualLoraConfig) -> None:  # type: ignore[override]
         r1, r2 = config.ranks(self.module_name)
+        self.compute = config.compute
         shapes = {
             "lora_A": (r1, self.in_features),
             "lora_B": (self.out_features, r1),
@@ -103,8 +109,42 @@ class DualLoraFactors(Factors):
         done, steps = self.shared.warmup.tolist()
         return [f"The warm-up is at step {done} of {steps or '?'}: ΔW is what it is now."]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(self.dropout(x), self.delta_weight().to(x.dtype))
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        return self.lora_A.dtype if self.compute == "reference" else None
+
+    def takes_weight(self, x: Tensor) -> bool:
+        return self._stays_apart(x) is None
+
+    def _stays_apart(self, x: Tensor) -> str | None:
+        """Why W + ΔW should not be one matrix, or None."""
+        if self.compute in ("apart", "reference"):
+            return f"compute={self.compute!r}"
+        if self.training and not isinstance(self.dropout, nn.Identity):
+            return "with dropout, W and ΔW read different inputs"
+        if self.compute == "auto" and not self.training and compute_dtype(x).itemsize < 4:
+            return "exact in evaluation, where W + ΔW would be rounded to half precision"
+        return None
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """ΔW x, or (W + ΔW) x + b if W is given."""
+        if not torch.compiler.is_compiling():
+            apart = self._stays_apart(x) or "the base weight is quantised, sharded, trained, or has hooks"
+            _announce(x.device.type, self.compute == "reference", None if weight is not None else apart)
+        x = self.dropout(x)
+        if self.compute == "reference":
+            return linear(x, self.delta_weight().to(x.dtype))
+        scale = self.scaling * self.shared.fraction(wide(self.lora_B))
+        factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D
+        return gated_linear(x.to(compute_dtype(x)), factors, scale, weight, bias)
+
+
+@cache
+def _announce(device: str, reference: bool, apart: str | None) -> None:
+    """Say once which way ΔW is computed, and why."""
+    means = "plain autograd" if reference else f"{'Triton' if has_kernels(device) else 'torch'} tiles"
+    form = "x (W + ΔW)ᵀ" if apart is None else "x Wᵀ + x ΔWᵀ"
+    logger.info("Dual LoRA computes %s by %s on %s: %s.", form, means, device, apart or "one product for each layer")
 
 
 @dataclass
@@ -124,6 +164,9 @@ class DualLoraConfig(AdapterConfig):
     """Over how many optimizer steps ΔW fades in: steps, or a fraction of the run. The paper names no number."""
     init_std: float = 0.02
     """Standard deviation of the Gaussian from which all four factors start. The paper names no number."""
+    compute: str = "auto"
+    """How W x + ΔW x is computed: "added" (x (W + ΔW)ᵀ), "apart" (x Wᵀ + x ΔWᵀ), "reference" (the same with plain
+    autograd, which keeps three matrices as large as W), or "auto": "added" where it is exact enough and W is plain."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +185,7 @@ class DualLoraConfig(AdapterConfig):
                 )
         check_steps("warmup_steps", self.warmup_steps)
         check_number("init_std", self.init_std)
+        check_choice("compute", self.compute, ("auto", "added", "apart", "reference"))
 
     def ranks(self, module_name: str) -> tuple[int, int]:
         """(r₁, r₂) on the module `module_name`."""

@@ -1,0 +1,215 @@
+"""Dual LoRA's linear map, y = x (W + ΔW)ᵀ + b with ΔW = s · ReLU(B A) ⊙ Sign(D C), and its gradients.
+
+The gates are element-wise, so ΔW has no low rank to compute with: plain autograd keeps three (out, in) matrices for
+each layer from forward to backward. Here nothing of that size is kept. W + ΔW is built into a buffer that lives for
+one product, and again in backward, tile by tile, where the tiles of G = dYᵀ X are turned into the factors' gradients:
+
+    M = s·B A,  N = D C,  S = ±1 (N > 0 or not)          the tile's update is ReLU(M) ⊙ S
+    dM = G ⊙ S where M > 0, else 0                         dB = s·dM Aᵀ,  dA = s·Bᵀ dM
+    dN = clip(G ⊙ ReLU(M), −1, 1)                          dD = dN Cᵀ,    dC = Dᵀ dN
+
+Without W it is ΔW x alone. With it, a layer costs one product instead of two, but an update that is small beside the
+steps of W's own bfloat16 would be rounded away, in the same way for every token and every step. So the sum is rounded
+stochastically: up or down with the probabilities that make its mean exact. Forward and backward round alike, and so
+does activation checkpointing, which restores torch's generator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loraplex.layer import wide
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+# Elements of a tile. On CPUs a few float32 tiles stay in a core's cache; on GPUs they are few launches.
+_CPU_TILE, _GPU_TILE = 1 << 17, 1 << 22
+# Low bits of a float32 that a half-precision type drops.
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+
+
+def gated_linear(x: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x (W + ΔW)ᵀ + b, computed in the dtype of `x`. W and b get no gradient.
+
+    Args:
+        x: (..., in).
+        factors: A (r₁, in), B (out, r₁), C (r₂, in), D (out, r₂); ΔW is computed in float32 at least.
+        scale: s ≥ 0, a tensor without dimensions on the device of `x`.
+        weight: W (out, in), any strides; None for ΔW x alone. W + ΔW is rounded stochastically to half precision.
+        bias: (out,), or None.
+    """
+    seed = None
+    if weight is not None and x.dtype in _DROPPED:
+        # On the CPU, whatever the device: reading it waits for no kernel.
+        seed = torch.randint(2**31 - 1, (), device="cpu")
+    return torch.ops.loraplex.gated_linear(x, *factors, scale, weight, bias, seed)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes with `x`: that of autocast where it is on."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+@cache
+def has_kernels(device: str) -> bool:
+    """Whether Triton kernels build the tiles on this type of device; LORAPLEX_TRITON=0 says no."""
+    return device == "cuda" and os.environ.get("LORAPLEX_TRITON") != "0" and bool(importlib.util.find_spec("triton"))
+
+
+@torch.library.custom_op("loraplex::gated_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        total = x.new_empty(len(B), A.shape[1])
+        _fill(total, (wide(A), wide(B), wide(C), wide(D)), scale, weight, seed)
+        return linear(x, total, None if bias is None else bias.to(x.dtype))
+
+
+@torch.library.custom_op("loraplex::gated_linear_backward", mutates_args=())
+def _backward(
+    dY: Tensor,
+    x: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dB, dC, dD), those of the factors if `x` is given; what is not asked for is empty."""
+    with torch.autocast(dY.device.type, enabled=False):
+        dY2 = dY.flatten(0, -2)
+        factors = wide(A), wide(B), wide(C), wide(D)
+        # One buffer: as soon as a tile of G is used, it is overwritten with one of W + ΔW.
+        buffer = dY.new_empty(len(B), A.shape[1]) if x is None else dY2.T @ x.flatten(0, -2)
+        gradients = () if x is None else _turn(buffer, factors, scale, weight, seed, needs_x)
+        if x is None:
+            _fill(buffer, factors, scale, weight, seed)
+        dx = (dY2 @ buffer).view(*dY.shape[:-1], A.shape[1]) if needs_x else dY.new_empty(0)
+    if not gradients:
+        return dx, dY.new_empty(0), dY.new_empty(0), dY.new_empty(0), dY.new_empty(0)
+    dA, dB, dC, dD = (gradient.to(f.dtype) for gradient, f in zip(gradients, (A, B, C, D), strict=True))
+    return dx, dA, dB, dC, dD
+
+
+def _fill(out: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, seed: Tensor | None) -> None:
+    """out ← W + ΔW."""
+    if has_kernels(out.device.type):
+        from loraplex import kernels
+
+        return kernels.build(out, weight, *factors, scale, None if seed is None else int(seed))
+    A, B, C, D = factors
+    noise = _noise(out, seed)
+    for rows in _tiles(out):
+        M, N = (scale * B[rows]) @ A, D[rows] @ C
+        _store(out[rows], _gate(M.relu_(), N), None if weight is None else weight[rows], noise)
+    return None
+
+
+def _turn(
+    buffer: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, seed: Tensor | None, refill: bool
+) -> Factors:
+    """The factors' gradients from G, which `buffer` holds; with `refill`, W + ΔW is in it afterwards."""
+    if has_kernels(buffer.device.type):
+        from loraplex import kernels
+
+        gradients = kernels.gradients(buffer, *factors, scale)
+        if refill:
+            _fill(buffer, factors, scale, weight, seed)
+        return gradients
+    A, B, C, D = factors
+    dA, dB, dC, dD = (torch.zeros_like(factor) for factor in factors)
+    noise = _noise(buffer, seed) if refill else None
+    for rows in _tiles(buffer):
+        G = buffer[rows].to(A.dtype)
+        s_B = scale * B[rows]
+        M, N = (s_B @ A).relu_(), D[rows] @ C
+        dN = (G * M).clamp_(-1, 1)
+        dM = _gate(G, N).mul_(M > 0)
+        dB[rows] = scale * (dM @ A.T)
+        dA.addmm_(s_B.T, dM)
+        dD[rows] = dN @ C.T
+        dC.addmm_(D[rows].T, dN)
+        if refill:
+            _store(buffer[rows], _gate(M, N), None if weight is None else weight[rows], noise)
+    return dA, dB, dC, dD
+
+
+def _tiles(matrix: Tensor) -> Iterator[slice]:
+    rows, columns = matrix.shape
+    step = max(1, (_CPU_TILE if matrix.device.type == "cpu" else _GPU_TILE) // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _gate(value: Tensor, N: Tensor) -> Tensor:
+    """value ⊙ Sign(N), where Sign(0) = −1."""
+    return torch.where(N > 0, value, -value)
+
+
+def _noise(out: Tensor, seed: Tensor | None) -> Tensor | None:
+    """What is added to the bits of a tile before those that `out` has no room for are cut off."""
+    if seed is None:
+        return None
+    rows = next(_tiles(out))
+    generator = torch.Generator(out.device).manual_seed(int(seed))
+    shape, high = (min(rows.stop, len(out)), out.shape[1]), 1 << _DROPPED[out.dtype]
+    return torch.randint(high, shape, dtype=torch.int32, device=out.device, generator=generator)
+
+
+def _store(out: Tensor, delta: Tensor, weight: Tensor | None, noise: Tensor | None) -> None:
+    """out ← W + ΔW, rounded up or down at random if there is noise; one tile, `delta` is overwritten."""
+    if weight is not None:
+        delta += weight
+    if noise is not None:
+        finite = delta.isfinite()
+        bits = delta.view(torch.int32)
+        # Not for NaN: its bits may overflow into those of a number.
+        bits += noise[: len(out)] * finite
+        bits &= -1 << _DROPPED[out.dtype]
+    out.copy_(delta)
+
+
+@_forward.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], B.shape[0])
+
+
+@_backward.register_fake
+def _(dY: Tensor, x: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    dx = dY.new_empty(*dY.shape[:-1], A.shape[1]) if more[-1] else dY.new_empty(0)
+    return dx, *(dY.new_empty(0) if x is None else torch.empty_like(factor) for factor in (A, B, C, D))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, A, B, C, D, scale, weight, _, seed = inputs
+    trained = any(ctx.needs_input_grad[1:5])
+    ctx.save_for_backward(x if trained else None, A, B, C, D, scale, weight, seed)
+
+
+def _differentiate(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    found = torch.ops.loraplex.gated_linear_backward(dY, *ctx.saved_tensors, needs[0])
+    return (*(g if need else None for g, need in zip(found, needs, strict=False)), *[None] * 4)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,366 @@
+"""Dual LoRA's map without (out, in) matrices kept for backward, against plain autograd in float64."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from loraplex import DualLoraConfig, gated
+from loraplex.gated import gated_linear
+from loraplex.methods import dual_lora
+from loraplex.methods.dual_lora import Sign
+
+OUT, IN, R1, R2, SCALE = 37, 53, 3, 5, 0.7
+HALVES = [torch.bfloat16, torch.float16]
+EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Several tiles, the last of them not full."""
+    monkeypatch.setattr(gated, "_CPU_TILE", 10 * IN + 3)
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def factors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    shapes = [(R1, IN), (OUT, R1), (R2, IN), (OUT, R2)]
+    made = [drawn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    made[3][2] = 0  # a row of D C is zero, and its sign −1
+    return tuple(made)
+
+
+def delta(A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: float = SCALE) -> Tensor:
+    return scale * torch.relu(B @ A) * Sign.apply(D @ C)
+
+
+def close(found: Tensor, expected: Tensor, eps: float) -> None:
+    assert found.shape == expected.shape
+    assert ((found.double() - expected).norm() / expected.norm()).item() < eps
+
+
+def compare(x: Tensor, weight: Tensor | None, bias: Tensor | None, fs: tuple[Tensor, ...], eps: float, run=None):
+    """Output and gradients against float64; `x` and `fs` tell what is trained."""
+    scale = torch.tensor(SCALE, dtype=torch.promote_types(fs[0].dtype, torch.float32))
+    y = (run or gated_linear)(x, fs, scale, weight, bias)
+    leaves = [t for t in (x, *fs) if t.requires_grad]
+    x64, *f64 = (t.detach().double().requires_grad_(t.requires_grad) for t in (x, *fs))
+    total = delta(*f64) if weight is None else delta(*f64) + weight.double()
+    expected = linear(x64, total, None if bias is None else bias.double())
+    # Small enough for most of Sign's gradients not to be clipped, and some to be.
+    dY = 0.02 * drawn(*y.shape, seed=9)
+    close(y, expected.detach(), eps)
+    found = torch.autograd.grad(y, leaves, dY.to(y.dtype))
+    wanted = torch.autograd.grad(expected, [t for t in (x64, *f64) if t.requires_grad], dY)
+    for one, two, of in zip(found, wanted, leaves, strict=True):
+        assert one.dtype == of.dtype
+        close(one, two, 3 * eps)
+
+
+@pytest.mark.parametrize("with_weight", [True, False])
+@pytest.mark.parametrize("dtype", EPS)
+def test_output_and_gradients(dtype, with_weight):
+    fs = [f.requires_grad_() for f in factors(dtype if dtype == torch.float64 else torch.float32)]
+    x = drawn(3, 7, IN, seed=5, dtype=dtype).requires_grad_()
+    weight = drawn(OUT, IN, seed=6, dtype=dtype) if with_weight else None
+    bias = drawn(OUT, seed=7, dtype=dtype) if with_weight else None
+    compare(x, weight, bias, tuple(fs), EPS[dtype])
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2, 3), (0, 1, 2, 3), ()])
+@pytest.mark.parametrize("x_trained", [True, False])
+def test_what_is_trained(trained, x_trained):
+    if not trained and not x_trained:
+        return
+    fs = tuple(f.requires_grad_(i in trained) for i, f in enumerate(factors()))
+    x = drawn(6, IN, seed=5, dtype=torch.float32).requires_grad_(x_trained)
+    compare(x, drawn(OUT, IN, seed=6, dtype=torch.float32), None, fs, EPS[torch.float32])
+
+
+def test_strides_and_half_precision_factors():
+    """A Conv1D's weight is stored (in, out); x is a slice of something."""
+    weight = drawn(IN, OUT, seed=6, dtype=torch.float32).T
+    x = drawn(4, 2 * IN, 5, seed=5, dtype=torch.float32).transpose(1, 2)[..., ::2].requires_grad_()
+    compare(x, weight, None, tuple(f.requires_grad_() for f in factors()), EPS[torch.float32])
+    fs = tuple(f.requires_grad_() for f in factors(torch.bfloat16))
+    compare(x, weight, None, fs, EPS[torch.bfloat16])
+
+
+def test_no_tokens_and_one():
+    for tokens in (0, 1):
+        x = drawn(tokens, IN, seed=5, dtype=torch.float32).requires_grad_()
+        fs = tuple(f.requires_grad_() for f in factors())
+        y = gated_linear(x, fs, torch.tensor(SCALE), drawn(OUT, IN, seed=6, dtype=torch.float32), None)
+        gradients = torch.autograd.grad(y.sum(), [x, *fs])
+        assert [g.shape for g in gradients] == [t.shape for t in (x, *fs)]
+        assert tokens or not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_library(dtype):
+    """torch's own checks: schema, fake tensors, autograd registration, AOT dispatch."""
+    x = drawn(3, IN, seed=5, dtype=dtype).requires_grad_()
+    fs, weight = (f.requires_grad_() for f in factors()), drawn(OUT, IN, seed=6, dtype=dtype)
+    seed = torch.tensor(3) if dtype == torch.bfloat16 else None
+    arguments = (x, *fs, torch.tensor(SCALE), weight, drawn(OUT, seed=7, dtype=dtype), seed)
+    torch.library.opcheck(torch.ops.loraplex.gated_linear, arguments)
+
+
+# Rounding to half precision
+
+
+def built(weight: Tensor, fs: tuple[Tensor, ...], scale: float, seed: int | None) -> Tensor:
+    out = torch.empty_like(weight)
+    gated._fill(out, fs, torch.tensor(scale), weight, None if seed is None else torch.tensor(seed))
+    return out
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounds_to_a_neighbour_and_is_right_on_average(dtype):
+    weight, fs = drawn(OUT, IN, seed=6, dtype=dtype), factors()
+    scale = 1e-3
+    exact = weight.double() + delta(*(f.double() for f in fs), scale)
+    sums = [built(weight, fs, scale, seed) for seed in range(1000)]
+    assert torch.equal(sums[3], built(weight, fs, scale, 3))
+    step = (torch.finfo(dtype).eps * exact.abs()).clamp(min=torch.finfo(dtype).tiny)
+    assert all(((s.double() - exact).abs() <= step).all() for s in sums)
+    change = torch.stack([s.double() - weight.double() for s in sums]).mean(0)
+    wanted = exact - weight.double()
+    kept = ((change * wanted).sum() / wanted.square().sum()).item()
+    assert kept == pytest.approx(1, abs=0.01)
+    nearest = built(weight, fs, scale, None).double() - weight.double()
+    # What it is for: rounding to nearest loses a part of such an update in bfloat16.
+    assert (nearest * wanted).sum() / wanted.square().sum() < 0.9 or dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nan_and_infinity_come_through(dtype):
+    weight, fs = drawn(OUT, IN, seed=6, dtype=dtype), factors()
+    # All bits of the mantissa set, as CUDA's NaN has them: adding to them would overflow.
+    nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    out = torch.empty(2, 2, dtype=dtype)
+    delta = torch.stack([nan, torch.tensor([torch.inf, -torch.inf])])
+    gated._store(out, delta, None, torch.full((2, 2), 0x1FFF, dtype=torch.int32))
+    assert out[0].isnan().all()
+    assert out[1].tolist() == [torch.inf, -torch.inf]
+    fs[0][0, 0] = torch.nan
+    assert built(weight, fs, 1.0, 5)[:, 0].isnan().all()
+
+
+def test_forward_and_backward_round_alike(monkeypatch):
+    """dx of a one-hot dY is a row of the matrix that forward used."""
+    seen = []
+    fill = gated._fill
+    monkeypatch.setattr(gated, "_fill", lambda out, *rest: (fill(out, *rest), seen.append(out.clone()))[0])
+    fs = tuple(f.requires_grad_() for f in factors())
+    x = drawn(OUT, IN, seed=5, dtype=torch.bfloat16).requires_grad_()
+    y = gated_linear(x, fs, torch.tensor(1e-3), drawn(OUT, IN, seed=6, dtype=torch.bfloat16), None)
+    (dx,) = torch.autograd.grad(y, x, torch.eye(OUT, dtype=torch.bfloat16))
+    assert torch.equal(dx, seen[0])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_small_updates_survive_as_well_as_in_the_unmerged_form(dtype):
+    """‖ΔW‖/‖W‖ = 1e-3: of the effect x ΔWᵀ, both keep all on average; rounding to nearest does not."""
+    out, inside, tokens = 96, 128, 64
+    weight, x = drawn(out, inside, seed=6, dtype=dtype), drawn(tokens, inside, seed=5, dtype=dtype)
+    A, B, C, D = (drawn(*shape, seed=i) for i, shape in enumerate([(3, inside), (out, 3), (3, inside), (out, 3)]))
+    update = delta(A, B, C, D, 1.0)
+    scale = (1e-3 * weight.double().norm() / update.norm()).item()
+    effect = x.double() @ (scale * update).T
+    fs, base = tuple(f.float() for f in (A, B, C, D)), x.double() @ weight.double().T
+
+    def kept(y: Tensor) -> float:
+        return (((y - base) * effect).sum() / effect.square().sum()).item()
+
+    apart = linear(x, weight) + gated_linear(x, fs, torch.tensor(scale), None, None)
+    added = torch.stack([gated_linear(x, fs, torch.tensor(scale), weight, None).double() for _ in range(300)]).mean(0)
+    nearest = linear(x.float(), built(weight, fs, scale, None).float()).double()
+    assert abs(kept(added) - 1) < max(0.02, abs(kept(apart.double()) - 1))
+    assert kept(nearest) < 0.8 or dtype == torch.float16
+
+
+# Layers
+
+
+def model(base: nn.Module | None = None, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    base = base or nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN, bias=False))
+    names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    config = DualLoraConfig(r_magnitude=R1, r_direction=R2, init_weights=False, target_modules=names, **settings)
+    adapted = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "duallora" in name:
+                parameter.mul_(10)
+    return adapted.train()
+
+
+def compute(adapted: nn.Module, form: str) -> nn.Module:
+    for module in adapted.modules():
+        if isinstance(module, dual_lora.DualLoraFactors):
+            module.compute = form
+    return adapted
+
+
+def trained(adapted: nn.Module) -> list[nn.Parameter]:
+    return [p for p in adapted.parameters() if p.requires_grad]
+
+
+def outcome(adapted: nn.Module, x: Tensor, call=None) -> list[Tensor]:
+    y = (adapted if call is None else call)(x)
+    return [y, *torch.autograd.grad((y.float() ** 2).sum(), [x, *trained(adapted)])]
+
+
+def assert_alike(found: list[Tensor], expected: list[Tensor], eps: float) -> None:
+    for one, two in zip(found, expected, strict=True):
+        assert one.dtype == two.dtype
+        close(one.detach(), two.detach().double(), eps)
+
+
+def test_all_forms_are_the_same_function():
+    adapted, x = model(), drawn(4, IN, seed=5, dtype=torch.float32).requires_grad_()
+    expected = outcome(compute(adapted, "reference"), x)
+    for form in ("added", "apart", "auto"):
+        assert_alike(outcome(compute(adapted, form), x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast(base_dtype):
+    adapted, x = model().to(base_dtype), drawn(64, IN, seed=5, dtype=base_dtype).requires_grad_()
+    for module in adapted.modules():
+        if isinstance(module, dual_lora.DualLoraFactors):
+            module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outcome(compute(adapted, "reference"), x)
+        for form in ("added", "apart"):
+            assert_alike(outcome(compute(adapted, form), x), expected, 0.03)
+
+
+def test_under_activation_checkpointing():
+    """The recomputed forward rounds as the first one did."""
+    adapted, x = model().to(torch.bfloat16), drawn(64, IN, seed=5, dtype=torch.bfloat16).requires_grad_()
+    torch.manual_seed(1)
+    expected = outcome(adapted, x)
+    torch.manual_seed(1)
+    found = outcome(adapted, x, partial(checkpoint, adapted, use_reentrant=False))
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    torch.manual_seed(2)
+    assert not torch.equal(adapted(x), expected[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled(dtype):
+    torch._dynamo.reset()
+    adapted, x = model().to(dtype), drawn(6, IN, seed=5, dtype=dtype).requires_grad_()
+    torch.manual_seed(1)
+    expected = outcome(adapted, x)
+    compiled = torch.compile(adapted, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    assert_alike(outcome(adapted, x, compiled), expected, EPS[dtype])
+
+
+def test_evaluation_in_half_precision_is_exact_and_repeats():
+    adapted, x = model().to(torch.bfloat16).eval(), drawn(6, IN, seed=5, dtype=torch.bfloat16)
+    assert torch.equal(adapted(x), adapted(x))
+    reference = compute(adapted, "reference")(x)
+    close(compute(adapted, "auto")(x), reference.double(), EPS[torch.bfloat16])
+    adapted.train()
+    assert not torch.equal(adapted(x), adapted(x))
+
+
+def test_dropout_reads_its_own_input():
+    adapted, x = model(lora_dropout=0.5), drawn(4, IN, seed=5, dtype=torch.float32).requires_grad_()
+    torch.manual_seed(1)
+    expected = outcome(compute(adapted, "reference"), x)
+    for form in ("auto", "added"):
+        torch.manual_seed(1)
+        assert_alike(outcome(compute(adapted, form), x), expected, 1e-6)
+
+
+def kept_for_backward(adapted: nn.Module, x: Tensor) -> list[Tensor]:
+    """What autograd saves, parameters left out."""
+    own = {t.untyped_storage().data_ptr() for t in adapted.parameters()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        adapted(x)
+    return [t for t in saved if t.untyped_storage().data_ptr() not in own]
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1}, {"compute": "apart"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_as_large_as_the_weight_is_kept(dtype, settings, autocast):
+    tokens = 4
+    adapted, x = model(**settings).to(dtype), drawn(tokens, IN, seed=5, dtype=dtype).requires_grad_()
+    if autocast and settings:
+        # The frozen layer itself keeps a cast copy of its weight then.
+        dtype, adapted = torch.bfloat16, adapted.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert max(t.numel() for t in kept_for_backward(adapted, x)) == tokens * IN
+        reference = kept_for_backward(compute(adapted, "reference"), x)
+    assert sum(t.numel() == OUT * IN for t in reference) >= 3 * 2
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "patched", "trained"])
+def test_a_base_layer_that_others_watch_is_called(change):
+    adapted = model()
+    layer, calls = adapted.base_model.model[0].base_layer, []
+    if change == "hook":
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    elif change == "pre-hook":
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    elif change == "patched":  # as accelerate does it
+        forward = layer.forward
+        layer.forward = lambda x: (calls.append(1), forward(x))[1]
+    else:
+        layer.weight.requires_grad_()
+        adapted(drawn(2, IN, seed=5, dtype=torch.float32)).sum().backward()
+        assert layer.weight.grad.any()
+        return
+    adapted(drawn(2, IN, seed=5, dtype=torch.float32))
+    assert calls == [1]
+
+
+def test_conv1d():
+    adapted, x = model(nn.Sequential(Conv1D(OUT, IN))), drawn(2, 3, IN, seed=5, dtype=torch.float32).requires_grad_()
+    expected = outcome(compute(adapted, "reference"), x)
+    assert_alike(outcome(compute(adapted, "added"), x), expected, 1e-6)
+
+
+def test_wrong_dtypes_are_left_to_the_base_layer_to_refuse():
+    with pytest.raises(RuntimeError, match="dtype"):
+        model()(drawn(2, IN, seed=5, dtype=torch.bfloat16))
+
+
+def test_says_once_which_form_runs_and_why(caplog):
+    dual_lora._announce.cache_clear()
+    adapted, x = model(), drawn(2, IN, seed=5, dtype=torch.float32)
+    with caplog.at_level(logging.INFO, logger="loraplex"):
+        for _ in range(3):
+            adapted(x)
+        compute(adapted, "apart")(x)
+        adapted.base_model.model[0].base_layer.register_forward_hook(lambda *_: None)
+        compute(adapted, "auto")(x)
+    assert [record.message for record in caplog.records] == [
+        "Dual LoRA computes x (W + ΔW)ᵀ by torch tiles on cpu: one product for each layer.",
+        "Dual LoRA computes x Wᵀ + x ΔWᵀ by torch tiles on cpu: compute='apart'.",
+        "Dual LoRA computes x Wᵀ + x ΔWᵀ by torch tiles on cpu: the base weight is quantised, sharded, trained, or has "
+        "hooks.",
+    ]
+
+
+def test_unknown_form():
+    with pytest.raises(ValueError, match="compute"):
+        DualLoraConfig(compute="fast")
