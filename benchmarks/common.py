@@ -61,6 +61,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, quick: Row) -
     args.device = torch.device(args.device)
     name = args.dtype if args.dtype != "auto" else "bfloat16" if args.device.type == "cuda" else "float32"
     args.dtype = DTYPES[name]
+    if args.device.index is not None and args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -69,37 +69,37 @@ def _point(
 
 
 def _memory(entry: Entry, W: Tensor, x: Tensor, args: argparse.Namespace, caches: dict[str, int]) -> dict[str, Any]:
-    """Bytes of a step, of a model that is made for it and dropped again.
+    """Bytes of a step.
 
-    A buffer that a method keeps between steps is there already when a later point is measured: `caches` remembers
-    what each method has left behind, and it counts into every peak.
+    The first step compiles, and makes buffers that a method keeps between steps; it is taken by a model that is
+    dropped again. `caches` remembers what each method has left behind so far, and every later peak has it too.
     """
+    x.grad = None
     # GPU libraries allocate a workspace at a thread's first product, and backward has a thread of its own.
     step_of(linears([W]), x, args)[1]()
     torch.addmm(W[:, 0], x.detach()[0], W.T)
     x.grad = None
-    before, cached = held(args.device), caches.get(entry.name, 0)
+    before = held(args.device)
+    step_of(layers([W], entry, args), x, args)[1]()
+    x.grad = None
+    caches[entry.name] = caches.get(entry.name, 0) + held(args.device) - before
     model = layers([W], entry, args)
-    kinds = adapter_dtypes(model)
     forward, step = step_of(model, x, args)
-    with allocations(args.device) as first:
+    with allocations(args.device) as found:
         step()
     model.zero_grad()
     x.grad = None
-    # A buffer made in the first step is none that forward leaves for backward.
     kept = kept_by_forward(forward, args.device)
     count = saved(forward, x, [*model.parameters(), *model.buffers()], W.numel())
-    del model, forward, step
-    caches[entry.name] = cached + held(args.device) - before
     ambiguous = x.shape[1] in W.shape  # then activations have the same size
     return {
-        "adapter_dtype": kinds,
+        "adapter_dtype": adapter_dtypes(model),
         "saved_bytes": count.other,
         "saved_weight_sized_bytes": "" if ambiguous else count.weight_sized,
         "saved_x_bytes": count.x,
         "saved_parameter_bytes": count.parameters,
         "kept_bytes": kept,
-        "peak_bytes": first.peak + cached,
+        "peak_bytes": found.peak + caches[entry.name],
         "cache_bytes": caches[entry.name],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -66,6 +67,7 @@ class Report:
 
     def add(self, **row: Any) -> None:
         """One more row; all have the same columns."""
+        row["load"] = round(os.getloadavg()[0], 1)
         self.rows.append(row)
         if self.path is None:
             return

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     default = ["lora", "dora", "loha", "masa", "aslora", "dual_lora", "multilora"]
     add("--methods", nargs="+", default=default, help="LoRA is always run")
     add("--checkpointing", choices=["on", "off", "both"], default="both", help="gradient checkpointing")
+    parser.set_defaults(rounds=9, warmup=1)  # a step is long beside what disturbs it
     args = parse(parser, argv, {"sizes": ["tiny"], "batch": [2], "length": [12]})
     report = Report("step", args)
     for size in args.sizes:

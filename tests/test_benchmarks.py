@@ -1,6 +1,7 @@
 """The benchmarks run, write what they promise, and count memory exactly."""
 
 import csv
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -10,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loraplex.methods.dual_lora import DualLoraFactors
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ORIGIN = {
     "hardware", "threads", "python", "torch", "peft", "transformers", "triton", "loraplex", "commit", "date", "command",
+    "load",
 }  # fmt: skip
 SPREAD = {f"vs_lora{end}" for end in ("", "_q1", "_q3")}
 COLUMNS = {
@@ -31,6 +35,7 @@ COLUMNS = {
 def _importable(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
+    gc.unfreeze()
     for path in BENCHMARKS.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
@@ -68,6 +73,25 @@ def test_ops(tmp_path: Path) -> None:
     assert int(found["loha", r]["saved_weight_sized_bytes"]) >= 4 * d * k
     # The scaling is a number of 8 bytes that autograd keeps without asking the hooks.
     assert int(found["aslora", r]["kept_bytes"]) == int(found["aslora", r]["saved_bytes"]) + 8 == 4 * T * r + 8
+
+
+def test_buffers_between_steps_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer that a method keeps for all layers is in its peak, at every later point of the grid too."""
+    buffers: list[Tensor] = []
+    forward = DualLoraFactors.forward
+
+    def with_buffer(self: Any, x: Tensor) -> Tensor:
+        if not buffers:
+            buffers.append(torch.empty(10_000))
+        return forward(self, x)
+
+    words = ("--methods", "dual_lora", "aslora", "--tokens", "24", "25")
+    before = [int(row["peak_bytes"]) for row in run("ops", tmp_path, *words)]
+    monkeypatch.setattr(DualLoraFactors, "forward", with_buffer)
+    rows = run("ops", tmp_path, *words)
+    extra = [40_000 if row["method"].startswith("dual_lora") else 0 for row in rows]
+    assert [int(row["cache_bytes"]) for row in rows] == extra
+    assert [int(row["peak_bytes"]) for row in rows] == [a + b for a, b in zip(before, extra, strict=True)]
 
 
 def test_ops_in_half_precision(tmp_path: Path) -> None:
