@@ -51,7 +51,7 @@ def _commit() -> str:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
 
     # Results of this very run don't make the code another one.
-    changed = git("status", "--porcelain", "--", ":/", f":!{HERE / 'results'}")
+    changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)benchmarks/results")
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 
 
