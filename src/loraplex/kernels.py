@@ -28,13 +28,14 @@ _SPAN = 128
 """Each program of `gradients` loops over a multiple of this; every BLOCK_N divides it."""
 
 
-def _config(block_m: int, block_n: int, num_warps: int) -> triton.Config:
-    # Two stages, not Triton's default of three: gfx942 has 64 KiB of shared memory.
-    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=num_warps, num_stages=2)
-
-
-CONFIGS = [_config(32, 32, 4), _config(32, 64, 4), _config(64, 64, 4), _config(64, 128, 8)]
-"""What is tried, once for each shape, rank and dtype. Smallest first: the only one that fits the highest ranks."""
+CONFIGS = [
+    # 32 rows: from 64 on, Triton before 3.9 computes on Blackwell (sm_100) in TF32, whatever input_precision says.
+    # Eight warps: with four, products of rank 32 and more spill registers. Two stages, not Triton's three: gfx942 has
+    # 64 KiB of shared memory.
+    triton.Config({"BLOCK_M": 32, "BLOCK_N": block_n}, num_warps=8, num_stages=2)
+    for block_n in (32, 64, 128)
+]
+"""What is tried, once for each shape, rank and dtype. Smallest first: the one that fits the highest ranks."""
 
 
 def _fitting(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
