@@ -181,7 +181,7 @@ def test_random_rounding(dtype: torch.dtype) -> None:
     other = torch.where(nearest.double() < exact, 1, -1) * float("inf")
     other = torch.nextafter(nearest.cpu(), other.to(dtype).cpu()).to(DEVICE).double()
     near, step = nearest.double(), (other - nearest.double()).abs()
-    num_seeds = 100
+    num_seeds = 64
     total = torch.zeros_like(exact)
     for seed in range(num_seeds):
         out = built(dtype, weight, fs, scale, 2**40 + seed).double()
@@ -309,10 +309,10 @@ def test_compiles(name: str, case: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     target, shared = TARGETS[name]
     kernel, unit = CASES[case]
-    # Float32's tiles are the largest.
-    variants = [("fp32", 16, config) for config in kernels.CONFIGS]
-    variants += [("bf16", 16, kernels.CONFIGS[-1]), ("fp16", 16, kernels.CONFIGS[-1])]
-    variants += [("bf16", kernels.MAX_RANK, kernels.CONFIGS[0])]
+    # Not each dtype with each config, which takes minutes: the largest tiles are float32's in the last config.
+    variants = [(d, 16, config) for d, config in zip(("fp16", "bf16", "fp32"), kernels.CONFIGS, strict=True)]
+    if name in ("sm_90", "gfx942"):
+        variants += [("bf16", kernels.MAX_RANK, kernels.CONFIGS[0])]
     for dtype, rank, config in variants:
         binary = compiled(kernel, target, config, dtype, rank, unit)
         assert binary.metadata.shared <= shared, (dtype, rank, config)
