@@ -56,8 +56,8 @@ _tuned = triton.autotune(
 )
 
 _OPTIONS: dict[str, Any] = {
-    # a·b + c as one FMA, said here since Triton 3.10 turns the default (TRITON_DEFAULT_FP_FUSION) off: the ranks' sums
-    # are exact to one rounding per term, twice as fast, and round alike, so give the same signs, in both kernels.
+    # a·b + c as one FMA. Said here, since Triton 3.10 turns the default (TRITON_DEFAULT_FP_FUSION) off: without it the
+    # products take twice the instructions, and both kernels must round, and so find the signs, alike.
     "enable_fp_fusion": True,
 }
 
@@ -257,8 +257,8 @@ def build(
         A, B: `(r₁, in)` and `(out, r₁)`, float32, any strides.
         C, D: `(r₂, in)` and `(out, r₂)`, float32, any strides.
         scale: s, a float32 tensor without dimensions on the same device: it is not read by the host.
-        seed: None rounds to the nearest value of `out`'s dtype. A number rounds up or down at random, with mean zero
-            error, and alike whenever the seed is the same. Float32 is not rounded.
+        seed: None rounds to the nearest value of `out`'s dtype. A number (0 to 2⁶³ − 1) rounds up or down at random,
+            with an error of mean zero, and alike whenever the seed is the same. Float32 is not rounded.
 
     Raises:
         ValueError: r₁ or r₂ is larger than `MAX_RANK`.
