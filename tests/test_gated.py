@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from loraplex import DualLoraConfig, gated
+from loraplex import DualLoraConfig, base_weight, gated
 from loraplex.gated import gated_linear
 from loraplex.methods import dual_lora
 from loraplex.methods.dual_lora import Sign
@@ -26,7 +26,7 @@ EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.f
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Several tiles, the last of them not full."""
-    monkeypatch.setattr(gated, "_CPU_TILE", 10 * IN + 3)
+    monkeypatch.setattr(base_weight, "_CPU_TILE", 10 * IN + 3)
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

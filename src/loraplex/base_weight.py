@@ -7,6 +7,7 @@ itself, since quantising the same weight again gives other bits.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ from loraplex.parallel import is_sharded
 
 if TYPE_CHECKING:
     from loraplex.layer import AdapterLinear
+
+# In elements.
+_CPU_TILE, _GPU_TILE = 1 << 17, 1 << 22
 
 
 class Unreadable(Exception):
@@ -63,6 +67,13 @@ def put_back(layer: AdapterLinear, kept: tuple[Any, ...]) -> None:
             weight = kept[0]
             stayed = weight.device == inner.weight.device
             inner.weight = weight if stayed else nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
+
+
+def tiles(matrix: Tensor) -> Iterator[slice]:
+    """Rows of `matrix` that are worked on together: a few float32 copies stay in a CPU's cache, or are few launches."""
+    rows, columns = matrix.shape
+    step = max(1, (_CPU_TILE if matrix.device.type == "cpu" else _GPU_TILE) // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def read(layer: AdapterLinear) -> Tensor:

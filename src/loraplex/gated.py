@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -26,12 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loraplex.base_weight import tiles
 from loraplex.layer import wide
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
-# Elements of a tile. On CPUs a few float32 tiles stay in a core's cache; on GPUs they are few launches.
-_CPU_TILE, _GPU_TILE = 1 << 17, 1 << 22
 # Low bits of a float32 that a half-precision type drops.
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -120,7 +118,7 @@ def _fill(out: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, s
         return kernels.build(out, weight, *factors, scale, None if seed is None else int(seed))
     A, B, C, D = factors
     noise = _noise(out, seed)
-    for rows in _tiles(out):
+    for rows in tiles(out):
         M, N = (scale * B[rows]) @ A, D[rows] @ C
         _store(out[rows], _gate(M.relu_(), N), None if weight is None else weight[rows], noise)
     return None
@@ -140,7 +138,7 @@ def _turn(
     A, B, C, D = factors
     dA, dB, dC, dD = (torch.zeros_like(factor) for factor in factors)
     noise = _noise(buffer, seed) if refill else None
-    for rows in _tiles(buffer):
+    for rows in tiles(buffer):
         G = buffer[rows].to(A.dtype)
         s_B = scale * B[rows]
         M, N = (s_B @ A).relu_(), D[rows] @ C
@@ -155,12 +153,6 @@ def _turn(
     return dA, dB, dC, dD
 
 
-def _tiles(matrix: Tensor) -> Iterator[slice]:
-    rows, columns = matrix.shape
-    step = max(1, (_CPU_TILE if matrix.device.type == "cpu" else _GPU_TILE) // columns)
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
 def _gate(value: Tensor, N: Tensor) -> Tensor:
     """value ⊙ Sign(N), where Sign(0) = −1."""
     return torch.where(N > 0, value, -value)
@@ -170,7 +162,7 @@ def _noise(out: Tensor, seed: Tensor | None) -> Tensor | None:
     """What is added to the bits of a tile before those that `out` has no room for are cut off."""
     if seed is None:
         return None
-    rows = next(_tiles(out))
+    rows = next(tiles(out))
     generator = torch.Generator(out.device).manual_seed(int(seed))
     shape, high = (min(rows.stop, len(out)), out.shape[1]), 1 << _DROPPED[out.dtype]
     return torch.randint(high, shape, dtype=torch.int32, device=out.device, generator=generator)

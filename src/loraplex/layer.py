@@ -247,15 +247,32 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: see `check_mergeable`, or `safe_merge` found NaN or Inf. Nothing stays merged then.
         """
+        self._merge(safe_merge, adapter_names, keep=True)
+
+    @torch.no_grad()
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, merged if asked for: what PEFT puts in the place of this layer."""
+        if merge:
+            # Nobody can unmerge, so nothing needs to be kept for it: merging is then bound by the memory's bandwidth.
+            self._merge(safe_merge, adapter_names, keep=safe_merge or self.quantization_backend is not None)
+        return self.get_base_layer()
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         names = [n for n in check_adapters_to_merge(self, adapter_names) if self.factors(n) is not None]
         if not names:
             return
         self.check_mergeable(names)
-        kept = base_weight.keep(self) if self._unmerged is None else self._unmerged
-        # Always from the weight before any merge: adding to a merged one would round, or quantise, the update twice.
-        names = [*self.merged_adapters, *names]
-        base_weight.put_back(self, kept)
-        self._unmerged, self.merged_adapters = None, []
+        if self._unmerged is None and not keep:
+            self.merge_error = self._add(names, safe_merge)
+            self.merged_adapters = names
+            return
+        if self._unmerged is not None:
+            # Always from the weight before any merge: adding to a merged one would round, or quantise, the update twice.
+            base_weight.put_back(self, self._unmerged)
+            names, self._unmerged, self.merged_adapters = [*self.merged_adapters, *names], None, []
+        kept = base_weight.keep(self)
         try:
             self.merge_error = self._add(names, safe_merge)
         except base_weight.Unreadable as error:
@@ -269,18 +286,24 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _add(self, names: list[str], safe_merge: bool) -> float:
         """Write W + Σ ΔW, and return the share of Σ ΔW that was lost."""
         weight = base_weight.read(self)
-        # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
-        total: Tensor = sum(self.factors(name).delta_weight() for name in names)  # type: ignore
-        total = (total.T if self.fan_in_fan_out else total).to(weight.device)
-        norm = total.norm()
-        total = total + weight
-        if safe_merge and not total.isfinite().all():
-            raise ValueError(
-                f"Merging {names} would write NaN or Inf into the weight of {self.module_name}: the adapter is broken; "
-                "load an earlier checkpoint."
-            )
-        stored = base_weight.write(self, total.to(weight.dtype))
-        return ((stored - total).norm() / norm).item() if norm else 0.0
+        # A quantised weight can't be written in parts.
+        whole = weight if self.quantization_backend is None else weight.clone()
+        view = whole.T if self.fan_in_fan_out else whole
+        lost = total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for rows in base_weight.tiles(view):
+            # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
+            delta: Tensor = sum(self.factors(name).delta_weight(rows).to(weight.device) for name in names)  # type: ignore
+            merged = delta + view[rows]
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(
+                    f"Merging {names} would write NaN or Inf into the weight of {self.module_name}: the adapter is "
+                    "broken; load an earlier checkpoint."
+                )
+            view[rows] = merged
+            lost, total = lost + (view[rows] - merged).norm() ** 2, total + delta.norm() ** 2
+        if self.quantization_backend is not None:
+            lost = (base_weight.write(self, whole) - whole).norm() ** 2
+        return (lost / total).sqrt().item() if total else 0.0
 
     def _cannot_merge(self) -> str:
         backend: Any = self.quantization_backend
