@@ -282,9 +282,7 @@ def _kept_masa(f: MasaFactors, T: int, s: int, c: int) -> int:
     if f.mixing == "concat":
         return T * n * r * s + c * n * r * (i + o)  # [A₁ x; …; Aₙ x]
     if f.mixing == "sum":
-        # Σᵢ Aᵢ x and Σᵢ Aᵢ; or with a dropout mask per expert, all Aᵢ laid out for one GEMM
-        copies = n if isinstance(f.dropout, nn.Dropout) else 1
-        return T * r * s + copies * r * i * s + c * r * o
+        return T * r * s + r * i * s + c * r * o  # Σᵢ Aᵢ x and Σᵢ Aᵢ
     # Aᵢ x and their logits, the gates, and their mixture; [α/r · A; R]
     return T * (n * r + 2 * n + r) * s + n * (r + 1) * i * s + c * r * o
 

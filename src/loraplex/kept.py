@@ -51,12 +51,12 @@ class _Source:
     """A parameter as it was when something was made from it, without keeping it alive."""
 
     def __init__(self, parameter: Tensor) -> None:
-        self.parameter = weakref.ref(parameter)
+        self.parameter: Callable[[], Any] = weakref.ref(parameter)
         self.version = parameter._version
         # While it is referred to, no other storage gets its address.
         self.storage = StorageWeakRef(parameter.untyped_storage())
 
-    def is_still(self, parameter: Any) -> bool:
+    def is_still(self, parameter: Tensor) -> bool:
         return (
             self.parameter() is parameter
             and self.version == parameter._version
@@ -66,7 +66,7 @@ class _Source:
 
 def _can_be_watched(parameters: tuple[Tensor, ...]) -> bool:
     # Engines of several processes refill a parameter's memory before a forward and preserve its version counter.
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         return False
     # Subclasses of Parameter may have no storage; tensors made under torch.inference_mode have no version counter.
     return all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)

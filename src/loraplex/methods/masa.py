@@ -94,8 +94,7 @@ class MasaFactors(Factors):
             return linear(self.dropout(x), self.lora_A) * self.scaling
         if self.training and isinstance(self.dropout, nn.Dropout):
             # A mask per expert: without it all experts get the same gradient and never part.
-            x_n = self.dropout(x.unsqueeze(-2).expand(*x.shape[:-1], n, -1))
-            return torch.einsum("...ni,nri->...r", x_n, self.experts()) * self.scaling
+            return torch.stack([linear(self.dropout(x), A) for A in self.experts()]).sum(0) * self.scaling
         return linear(x, self.once(self._summed, self._stored_A)) * self.scaling
 
     def _with_router(self, A: Tensor, R: Tensor) -> Tensor:
