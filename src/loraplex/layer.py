@@ -122,6 +122,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting asks every tuner layer
         self.merge_error = 0.0
         """Of the last merge: ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base layer stores."""
         self._unmerged: tuple[Any, ...] | None = None
