@@ -724,17 +724,25 @@ def test_decoding_gives_the_same_again_and_again(method: str, off: Callable[[], 
 
 
 def _step(model: nn.Module, training: bool, **settings: Any) -> None:
-    model.train(training)
+    if training:
+        model.train()
     optimizer = torch.optim.AdamW(h.adapter_parameters(model).values(), lr=0.1, **settings)
     model(**BATCH).loss.backward()
     optimizer.step()
-    model.eval() if training else None
+    if training:
+        model.eval()
 
 
 def _change_data(model: nn.Module) -> None:
     # As MeZO does; the version counter does not see it.
     for p in h.adapter_parameters(model).values():
         p.data = p.data + 0.1
+
+
+def _write_to_data(model: nn.Module) -> None:
+    for p in h.adapter_parameters(model).values():
+        p.data.mul_(1.5)
+    model.eval()  # nothing else shows it
 
 
 def _change_in_inference_mode(model: nn.Module) -> None:
@@ -767,6 +775,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": partial(fill, seed=5),
     "in place in inference mode": _change_in_inference_mode,
     "parameter.data": _change_data,
+    "into parameter.data": _write_to_data,
     "load_state_dict": lambda m: m.load_state_dict(
         {k: 2 * v for k, v in m.state_dict().items() if v.dtype.is_floating_point}, strict=False
     ),
@@ -813,7 +822,9 @@ def test_nothing_is_kept_among_several_processes(method: str, monkeypatch: pytes
     before = output(model, BATCH)
     for p in h.adapter_parameters(model).values():
         p.data.mul_(2)
-    assert not torch.equal(output(model, BATCH), before)
+    after = output(model, BATCH)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(model))
 
 
 def test_what_is_kept_goes_with_its_device_and_its_layer() -> None:
