@@ -7,7 +7,9 @@ import io
 import math
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 import helpers as h
 import loraplex
 from helpers import ARCHS, LAYERS, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
+from loraplex.layer import Factors
 from loraplex.sharing import BANK, layer_depth
 
 LLAMA = ARCHS["llama"]
@@ -618,11 +621,15 @@ def test_deepcopy_is_independent(method: str) -> None:
 @every_plain
 def test_pickle(method: str) -> None:
     model = adapted(method)
+    expected = output(model, BATCH)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     twin = torch.load(file, weights_only=False)
-    assert torch.equal(output(twin, BATCH), output(model, BATCH))
+    assert torch.equal(output(twin, BATCH), expected)
+    fill(twin, seed=7)
+    assert not torch.equal(output(twin, BATCH), expected)
+    assert torch.equal(output(model, BATCH), expected)
 
 
 def test_deepcopy_has_a_schedule_of_its_own() -> None:
@@ -681,6 +688,165 @@ def test_compile(method: str) -> None:
     compiled(x).square().sum().backward()
     for name, p in h.adapter_parameters(model).items():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+# What evaluation without gradients keeps of the factors
+
+
+def fresh(model: nn.Module) -> Tensor:
+    """Logits with nothing kept: gradients are on."""
+    assert torch.is_grad_enabled()
+    return model(**BATCH).logits.detach()
+
+
+def keeps(model: nn.Module) -> bool:
+    """Whether some layer has kept what it made of its factors."""
+    return any(isinstance(m, Factors) and m._kept._kept is not None for m in model.modules())
+
+
+KEEPING = ("multilora", "multilora-module", "masa-router", "masa-sum")
+
+
+@every_method
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_decoding_gives_the_same_again_and_again(method: str, off: Callable[[], Any]) -> None:
+    model = adapted(method)
+    keys, expected = sorted(model.state_dict()), fresh(model)
+    for _ in range(3):
+        with off():
+            assert torch.equal(model(**BATCH).logits, expected)
+        # What inference mode has kept is of use without it.
+        assert torch.equal(output(model, BATCH), expected)
+        assert keeps(model) == (method in KEEPING)
+    assert sorted(model.state_dict()) == keys
+    train(model, BATCH, steps=1)
+    assert not keeps(model)
+
+
+def _step(model: nn.Module, training: bool, **settings: Any) -> None:
+    if training:
+        model.train()
+    optimizer = torch.optim.AdamW(h.adapter_parameters(model).values(), lr=0.1, **settings)
+    model(**BATCH).loss.backward()
+    optimizer.step()
+    if training:
+        model.eval()
+
+
+def _change_data(model: nn.Module) -> None:
+    # As MeZO does; the version counter does not see it.
+    for p in h.adapter_parameters(model).values():
+        p.data = p.data + 0.1
+
+
+def _write_to_data(model: nn.Module) -> None:
+    for p in h.adapter_parameters(model).values():
+        p.data.mul_(1.5)
+    model.eval()  # nothing else shows it
+
+
+def _change_in_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        for p in h.adapter_parameters(model).values():
+            p.mul_(1.5)
+
+
+def _replace(model: nn.Module) -> None:
+    state = {name: tensor + 0.1 for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _rescale(model: nn.Module) -> None:
+    for layer in h.layers_of(model).values():
+        layer.factors("default").scaling *= 2
+
+
+def _switch(model: PeftModel) -> None:
+    loraplex.add_adapter(model, "second", config("masa-sum"))
+    ready(model, "second", seed=1)
+    model.set_adapter("second")
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "optimizer": partial(_step, training=True, foreach=False),
+    "foreach": partial(_step, training=True, foreach=True),
+    "fused": partial(_step, training=True, fused=True),
+    "fused-in-eval-mode": partial(_step, training=False, fused=True),
+    "in place": partial(fill, seed=5),
+    "in place in inference mode": _change_in_inference_mode,
+    "parameter.data": _change_data,
+    "into parameter.data": _write_to_data,
+    "load_state_dict": lambda m: m.load_state_dict(
+        {k: 2 * v for k, v in m.state_dict().items() if v.dtype.is_floating_point}, strict=False
+    ),
+    "assign": _replace,
+    "rounding": lambda m: m.to(torch.bfloat16).to(torch.float32),
+    "scaling": _rescale,
+    "set_adapter": _switch,
+}
+
+
+@every_method
+@pytest.mark.parametrize("change", CHANGES)
+def test_decoding_follows_every_change(method: str, change: str) -> None:
+    model = adapted(method)
+    before = output(model, BATCH)
+    CHANGES[change](model)
+    after = output(model, BATCH)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(model))
+    if change == "set_adapter":
+        model.set_adapter("default")
+        assert torch.equal(output(model, BATCH), before)
+
+
+@every_method
+def test_decoding_with_factors_made_in_inference_mode(method: str) -> None:
+    """They have no version counter."""
+    model = adapted(method)
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+        assert all(p.is_inference() for p in h.adapter_parameters(twin).values())
+        for seed in (3, 4):
+            fill(model, seed=seed)
+            fill(twin, seed=seed)
+            assert torch.equal(output(twin, BATCH), output(model, BATCH))
+    assert not keeps(twin)
+
+
+@every_method
+def test_nothing_is_kept_among_several_processes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 gathers new values into the same memory, and preserves the version counter."""
+    model = adapted(method)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    before = output(model, BATCH)
+    for p in h.adapter_parameters(model).values():
+        p.data.mul_(2)
+    after = output(model, BATCH)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh(model))
+
+
+def test_what_is_kept_goes_with_its_device_and_its_layer() -> None:
+    model = adapted("masa-router")
+    output(model, BATCH)
+    kept = [weakref.ref(layer.factors("default")._kept._kept[0]) for layer in h.layers_of(model).values()]
+    model.to("meta")
+    assert all(value() is None for value in kept)
+
+
+@in_dynamo
+@every_method
+def test_compiled_decoding_follows_changes(method: str) -> None:
+    torch._dynamo.reset()
+    model, x = stack(method).eval(), torch.randn(2, 3, h.HIDDEN)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for seed in range(3):
+            fill(model, seed=seed)
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+            fill(model, seed=seed + 5)
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
 
 
 @in_dynamo

@@ -21,6 +21,7 @@ import torch
 import transformers
 from packaging.requirements import Requirement
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.helpers import disable_input_dtype_casting
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import tuners_utils
 from peft.tuners.lora import conversion
@@ -451,6 +452,17 @@ def test_base_weight_access() -> None:
     layer.set_base_weight(weight + 1)
     assert layer.base_layer.weight is parameter
     assert torch.equal(parameter, layer.get_base_weight())
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_input_casting_can_be_switched_off(method: str) -> None:
+    """`disable_input_dtype_casting` asks every tuner layer for `cast_input_dtype_enabled` (AdapterLinear, the bank)."""
+    model = adapted(method)
+    expected = output(model, BATCH)
+    with disable_input_dtype_casting(model):
+        assert not any(m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, BaseTunerLayer))
+        assert torch.equal(output(model, BATCH), expected)
+    assert all(m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, BaseTunerLayer))
 
 
 def test_lora_conversion_is_not_claimed_wrongly() -> None:

@@ -288,8 +288,8 @@ def _kept_masa(f: MasaFactors, T: int, s: int, c: int) -> int:
         return T * n * r * s + c * n * r * (i + o)  # [A₁ x; …; Aₙ x]
     if f.mixing == "sum":
         return T * r * s + r * i * s + c * r * o  # Σᵢ Aᵢ x and Σᵢ Aᵢ
-    # Aᵢ x, the gates, and their mixture; and autocast casts x for A and once more for R
-    return T * (n * r + n + r) * s + c * (n * (r + 1) * i + r * o) + (T * i * s if c else 0)
+    # Aᵢ x and their logits, the gates, and their mixture; [α/r · A; R]
+    return T * (n * r + 2 * n + r) * s + n * (r + 1) * i * s + c * r * o
 
 
 _KEPT: dict[type, Callable[[Any, int, int, int], int]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex import base_weight
 from loraplex.config import AdapterConfig
+from loraplex.kept import Kept
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +38,7 @@ class Factors(nn.Module, ABC):
         self.lora_alpha = config.alpha(module_name)
         self.scaling = config.scaling(module_name)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self._kept = Kept()
         self.add_parameters(config)
 
     @abstractmethod
@@ -75,6 +78,26 @@ class Factors(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """ΔW x, scaling included: `(..., in)` → `(..., out)`. `x` has the dtype `input_dtype`."""
 
+    def once(self, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+        """`make(*sources)`, a function of factors and `scaling`; while nothing is trained, made once and kept."""
+        if torch.compiler.is_compiling():
+            return make(*sources)
+        if self.training or torch.is_grad_enabled():
+            # Fused optimizers change parameters without a trace, but not without a forward or a change of mode.
+            self._kept.drop()
+            return make(*sources)
+        return self._kept.get(make, sources, self.scaling)
+
+    def train(self, mode: bool = True) -> Factors:
+        """Switch modes, and forget what `once` kept."""
+        self._kept.drop()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Factors:
+        # A model that moves leaves nothing behind on the device.
+        self._kept.drop()
+        return super()._apply(*args, **kwargs)
+
     def check_mergeable(self) -> None:
         """Raise a ValueError where ΔW is not a constant matrix. Nothing to check by default."""
 
@@ -108,6 +131,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting asks every tuner layer
         self.merge_error = 0.0
         """Of the last merge: ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base layer stores."""
         self._unmerged: tuple[Any, ...] | None = None

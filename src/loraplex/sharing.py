@@ -122,6 +122,7 @@ class FactorBank(nn.Module, BaseTunerLayer):
         super().__init__()
         self.adapter_layer_names: tuple[str, ...] = ()
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True
         self._active_adapter: list[str] = []
 
     @property

@@ -291,11 +291,14 @@ class AsLoraFactors(Factors):
         """B_{m(l)} `(out, r)`."""
         own, owner = self.index, self.shared.maps[self.family][self.index]
         B = self.shared.B(self.family, owner)
-        return B if owner == own else _ReadInstead.apply(B, self.shared.B(self.family, own))
+        if owner == own or not torch.is_grad_enabled():
+            return B
+        return _ReadInstead.apply(B, self.shared.B(self.family, own))
 
     def forward(self, x: Tensor) -> Tensor:
         shared, A = self.shared, f"{self.family}__lora_A"
-        return linear(linear(self.dropout(x), read(shared, A, x)), self.lora_B.to(x.device)) * self.scaling
+        # The scaling on A x: (tokens, r) is smaller than (tokens, out).
+        return linear(linear(self.dropout(x), read(shared, A, x)) * self.scaling, self.lora_B.to(x.device))
 
     @torch.no_grad()
     def hold(self, A: Tensor, B: Tensor) -> None:

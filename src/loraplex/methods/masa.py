@@ -66,6 +66,11 @@ class MasaFactors(Factors):
         """The group's experts `(n·r, in)`."""
         return read(self.shared, self.experts_name, self.lora_B)
 
+    @property
+    def _stored_A(self) -> Tensor:
+        """`lora_A` on the device where the bank holds it."""
+        return getattr(self.shared, self.experts_name)
+
     def experts(self) -> Tensor:
         """The group's experts as `(n, r, in)`."""
         return self.lora_A.view(self.num_experts, self.r, self.in_features)
@@ -75,20 +80,30 @@ class MasaFactors(Factors):
         return linear(x, self.lora_router).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self._mixed(x), self.lora_B) * self.scaling
+        return linear(self._mixed(x), self.lora_B)
 
     def _mixed(self, x: Tensor) -> Tensor:
-        """mixᵢ(Aᵢ x): `(..., in)` → `(..., r)`, or `(..., n·r)` with "concat"."""
-        if self.mixing == "sum":
-            if self.training and not isinstance(self.dropout, nn.Identity):
-                # A mask per expert: without it all experts get the same gradient and never part.
-                return torch.stack([linear(self.dropout(x), A) for A in self.experts()]).sum(0)
-            return linear(x, self.experts().sum(0))
-        x = self.dropout(x)
-        h = linear(x, self.lora_A)
+        """(α/r) · mixᵢ(Aᵢ x): `(..., in)` → `(..., r)`, or `(..., n·r)` with "concat"."""
+        n, r = self.num_experts, self.r
+        if self.mixing == "router":
+            A_R = self.once(self._with_router, self._stored_A, self.lora_router)
+            h, logits = linear(self.dropout(x), A_R).split((n * r, n), dim=-1)
+            return (logits.softmax(dim=-1).unsqueeze(-1) * h.unflatten(-1, (n, r))).sum(-2)
+        # The scaling here, not after B: (tokens, r) is smaller than (tokens, out).
         if self.mixing == "concat":
-            return h
-        return torch.einsum("...n,...nr->...r", self.gates(x), h.unflatten(-1, (self.num_experts, self.r)))
+            return linear(self.dropout(x), self.lora_A) * self.scaling
+        if self.training and isinstance(self.dropout, nn.Dropout):
+            # A mask per expert: without it all experts get the same gradient and never part.
+            return torch.stack([linear(self.dropout(x), A) for A in self.experts()]).sum(0) * self.scaling
+        return linear(x, self.once(self._summed, self._stored_A)) * self.scaling
+
+    def _with_router(self, A: Tensor, R: Tensor) -> Tensor:
+        """[α/r · A; R] `(n·r + n, in)`: one GEMM for the experts and their gates."""
+        return torch.cat([self.scaling * A.to(R.device), R])
+
+    def _summed(self, A: Tensor) -> Tensor:
+        """Σᵢ Aᵢ `(r, in)`."""
+        return A.to(self.lora_B.device).view(self.num_experts, self.r, -1).sum(0)
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
         self.check_mergeable()
