@@ -364,3 +364,38 @@ def test_says_once_which_form_runs_and_why(caplog):
 def test_unknown_form():
     with pytest.raises(ValueError, match="compute"):
         DualLoraConfig(compute="fast")
+
+
+# Evaluation with ΔW kept
+
+
+def test_delta_is_kept_in_evaluation_only_and_follows_changes(monkeypatch):
+    made = []
+    make = dual_lora.delta_weight
+    monkeypatch.setattr(dual_lora, "delta_weight", lambda *a: (made.append(1), make(*a))[1])
+    adapted, x = model(nn.Sequential(nn.Linear(IN, OUT)), cache_delta=True), drawn(2, IN, seed=5, dtype=torch.float32)
+    factors_ = next(m for m in adapted.modules() if isinstance(m, dual_lora.DualLoraFactors))
+
+    def check(times: int) -> None:
+        made.clear()
+        for _ in range(2):
+            close(adapted(x), compute(adapted, "reference")(x).double(), 1e-6)
+            compute(adapted, "auto")
+        assert len(made) == times
+
+    check(0)  # training
+    adapted.eval()
+    check(0)  # with gradients
+    with torch.no_grad():
+        check(1)
+        check(0)
+        factors_.lora_C.mul_(-1)
+        check(1)
+        factors_.shared.warmup.copy_(torch.tensor([1, 3]))
+        check(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert adapted(x).dtype == torch.bfloat16
+        check(1)
+        adapted.train().eval()
+        check(1)
+    assert not any("kept" in key for key in adapted.state_dict())

@@ -57,10 +57,34 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
+@torch.no_grad()
+def delta_weight(factors: Factors, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """ΔW (out, in) in `dtype`, without a gradient."""
+    A, B, C, D = factors
+    out = A.new_empty(len(B), A.shape[1], dtype=dtype)
+    with torch.autocast(out.device.type, enabled=False):
+        _fill(out, (wide(A), wide(B), wide(C), wide(D)), scale, None, None)
+    return out
+
+
 @cache
-def has_kernels(device: str) -> bool:
+def has_kernels(device: str, rank: int) -> bool:
     """Whether Triton kernels build the tiles on this type of device; LORAPLEX_TRITON=0 says no."""
-    return device == "cuda" and os.environ.get("LORAPLEX_TRITON") != "0" and bool(importlib.util.find_spec("triton"))
+    if device != "cuda" or os.environ.get("LORAPLEX_TRITON") == "0" or not importlib.util.find_spec("triton"):
+        return False
+    from loraplex.kernels import MAX_RANK
+
+    return rank <= MAX_RANK
+
+
+def _kernels(factors: Factors) -> Any:
+    """The module of Triton kernels where they can be used, else None."""
+    A, _, C, _ = factors
+    if A.dtype != torch.float32 or not has_kernels(A.device.type, max(len(A), len(C))):
+        return None
+    from loraplex import kernels
+
+    return kernels
 
 
 @torch.library.custom_op("loraplex::gated_linear", mutates_args=())
@@ -112,26 +136,22 @@ def _backward(
 
 def _fill(out: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, seed: Tensor | None) -> None:
     """out ← W + ΔW."""
-    if has_kernels(out.device.type):
-        from loraplex import kernels
-
-        return kernels.build(out, weight, *factors, scale, None if seed is None else int(seed))
+    if (kernels := _kernels(factors)) is not None:
+        kernels.build(out, weight, *factors, scale, None if seed is None else int(seed))
+        return
     A, B, C, D = factors
     noise = _noise(out, seed)
     for rows in tiles(out):
         M, N = (scale * B[rows]) @ A, D[rows] @ C
         _store(out[rows], _gate(M.relu_(), N), None if weight is None else weight[rows], noise)
-    return None
 
 
 def _turn(
     buffer: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, seed: Tensor | None, refill: bool
 ) -> Factors:
     """The factors' gradients from G, which `buffer` holds; with `refill`, W + ΔW is in it afterwards."""
-    if has_kernels(buffer.device.type):
-        from loraplex import kernels
-
-        gradients = kernels.gradients(buffer, *factors, scale)
+    if (kernels := _kernels(factors)) is not None:
+        gradients: Factors = kernels.gradients(buffer, *factors, scale)
         if refill:
             _fill(buffer, factors, scale, weight, seed)
         return gradients

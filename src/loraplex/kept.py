@@ -23,7 +23,7 @@ class Kept:
 
     def __init__(self) -> None:
         # In one tuple, so that threads see a value with its own sources.
-        self._kept: tuple[Tensor, float, list[_Source]] | None = None
+        self._kept: tuple[Tensor, object, list[_Source]] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Kept, ()
@@ -32,18 +32,18 @@ class Kept:
         """Forget it."""
         self._kept = None
 
-    def get(self, make: Callable[..., Tensor], parameters: tuple[Tensor, ...], scaling: float) -> Tensor:
-        """`make(*parameters)`, from memory if neither they nor `scaling` have changed. Not for use while training."""
+    def get(self, make: Callable[..., Tensor], parameters: tuple[Tensor, ...], key: object) -> Tensor:
+        """`make(*parameters)`, from memory if neither they nor `key` have changed. Not for use while training."""
         if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
             # Replays of a CUDA graph have to follow the parameters, and must not read what is freed when they change.
             return make(*parameters)
         kept = self._kept
-        if kept is not None and kept[1] == scaling and all(map(_Source.is_still, kept[2], parameters)):
+        if kept is not None and kept[1] == key and all(map(_Source.is_still, kept[2], parameters)):
             return kept[0]
         self.drop()
         value = make(*parameters)
         if _can_be_watched(parameters):
-            self._kept = value, scaling, [_Source(parameter) for parameter in parameters]
+            self._kept = value, key, [_Source(parameter) for parameter in parameters]
         return value
 
 
@@ -69,4 +69,4 @@ def _can_be_watched(parameters: tuple[Tensor, ...]) -> bool:
     if dist.is_initialized():
         return False
     # Subclasses of Parameter may have no storage; tensors made under torch.inference_mode have no version counter.
-    return all(type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in parameters)
+    return all(type(parameter) in (nn.Parameter, Tensor) and not parameter.is_inference() for parameter in parameters)

@@ -78,15 +78,15 @@ class Factors(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """ΔW x, scaling included: `(..., in)` → `(..., out)`. `x` has the dtype `input_dtype`."""
 
-    def once(self, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-        """`make(*sources)`, a function of factors and `scaling`; while nothing is trained, made once and kept."""
+    def once(self, make: Callable[..., Tensor], *sources: Tensor, key: object = None) -> Tensor:
+        """`make(*sources)`, made once and kept while nothing is trained; it depends on these, `scaling` and `key`."""
         if torch.compiler.is_compiling():
             return make(*sources)
         if self.training or torch.is_grad_enabled():
             # Fused optimizers change parameters without a trace, but not without a forward or a change of mode.
             self._kept.drop()
             return make(*sources)
-        return self._kept.get(make, sources, self.scaling)
+        return self._kept.get(make, sources, (self.scaling, key))
 
     def train(self, mode: bool = True) -> Factors:
         """Switch modes, and forget what `once` kept."""
@@ -137,6 +137,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._unmerged: tuple[Any, ...] | None = None
         self._tied_weight: nn.Parameter | None = None
         self._engine_checked = False
+        self._may_take_weight = False
         inner = self.get_base_layer()
         self.in_features: int
         self.out_features: int
@@ -151,6 +152,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if container not in self._modules:
             self.add_module(container, nn.ModuleDict())
             self.adapter_layer_names = (*self.adapter_layer_names, container)
+        self._may_take_weight |= type(factors).takes_weight is not Factors.takes_weight
         factors.to(dtype=self.adapter_dtype)
         self.get_submodule(container)[adapter_name] = factors  # type: ignore[operator]
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -190,7 +192,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if self.training and not self._engine_checked and not torch.compiler.is_compiling():
             refuse_fsdp1()
             self._engine_checked = True
-        if (whole := self._forward_with_weight(x)) is not None:
+        if self._may_take_weight and (whole := self._forward_with_weight(x)) is not None:
             return whole
         result = self.base_layer(x, *args, **kwargs)
         if self.training and not base_weight.passes_gradient(self, x, result):
@@ -293,7 +295,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters = names
             return
         if self._unmerged is not None:
-            # Always from the weight before any merge: adding to a merged one would round, or quantise, the update twice.
+            # From the weight before any merge: adding to a merged one would round, or quantise, the update twice.
             base_weight.put_back(self, self._unmerged)
             names, self._unmerged, self.merged_adapters = [*self.merged_adapters, *names], None, []
         kept = base_weight.keep(self)

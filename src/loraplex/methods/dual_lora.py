@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_choice, check_count, check_number, check_steps
-from loraplex.gated import compute_dtype, gated_linear, has_kernels
+from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels
 from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
 from loraplex.schedule import Scheduled, StateOf, Stepped
@@ -83,7 +83,7 @@ class DualLoraFactors(Factors):
 
     def add_parameters(self, config: DualLoraConfig) -> None:  # type: ignore[override]
         r1, r2 = config.ranks(self.module_name)
-        self.compute = config.compute
+        self.compute, self.cache_delta = config.compute, config.cache_delta
         shapes = {
             "lora_A": (r1, self.in_features),
             "lora_B": (self.out_features, r1),
@@ -120,6 +120,8 @@ class DualLoraFactors(Factors):
         """Why W + ΔW should not be one matrix, or None."""
         if self.compute in ("apart", "reference"):
             return f"compute={self.compute!r}"
+        if self.cache_delta and not self.training:
+            return "ΔW is kept in evaluation (cache_delta)"
         if self.training and not isinstance(self.dropout, nn.Identity):
             return "with dropout, W and ΔW read different inputs"
         if self.compute == "auto" and not self.training and compute_dtype(x).itemsize < 4:
@@ -130,19 +132,27 @@ class DualLoraFactors(Factors):
         """ΔW x, or (W + ΔW) x + b if W is given."""
         if not torch.compiler.is_compiling():
             apart = self._stays_apart(x) or "the base weight is quantised, sharded, trained, or has hooks"
-            _announce(x.device.type, self.compute == "reference", None if weight is not None else apart)
+            means = "torch tiles"
+            if self.compute == "reference":
+                means = "plain autograd"
+            elif has_kernels(x.device.type, max(len(self.lora_A), len(self.lora_C))):
+                means = "Triton tiles"
+            _announce(x.device.type, means, None if weight is not None else apart)
         x = self.dropout(x)
         if self.compute == "reference":
             return linear(x, self.delta_weight().to(x.dtype))
         scale = self.scaling * self.shared.fraction(wide(self.lora_B))
         factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D
-        return gated_linear(x.to(compute_dtype(x)), factors, scale, weight, bias)
+        x = x.to(compute_dtype(x))
+        if self.cache_delta and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            sources = *factors, self.shared.warmup
+            return linear(x, self.once(lambda *_: delta_weight(factors, scale, x.dtype), *sources, key=x.dtype))
+        return gated_linear(x, factors, scale, weight, bias)
 
 
 @cache
-def _announce(device: str, reference: bool, apart: str | None) -> None:
+def _announce(device: str, means: str, apart: str | None) -> None:
     """Say once which way ΔW is computed, and why."""
-    means = "plain autograd" if reference else f"{'Triton' if has_kernels(device) else 'torch'} tiles"
     form = "x (W + ΔW)ᵀ" if apart is None else "x Wᵀ + x ΔWᵀ"
     logger.info("Dual LoRA computes %s by %s on %s: %s.", form, means, device, apart or "one product for each layer")
 
@@ -167,6 +177,8 @@ class DualLoraConfig(AdapterConfig):
     compute: str = "auto"
     """How W x + ΔW x is computed: "added" (x (W + ΔW)ᵀ), "apart" (x Wᵀ + x ΔWᵀ), "reference" (the same with plain
     autograd, which keeps three matrices as large as W), or "auto": "added" where it is exact enough and W is plain."""
+    cache_delta: bool = False
+    """Whether each layer keeps ΔW in evaluation, as large as W, to generate tokens one by one without merging."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
