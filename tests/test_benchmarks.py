@@ -27,6 +27,7 @@ COLUMNS = {
     },
     "step": {"size", "batch", "length", "checkpointing", "method", "tokens_per_s", "peak_bytes", *SPREAD},
     "scaling": {"kind", "variable", "method", "time_flops", "flops", "derived_flops", "saved_bytes"},
+    "rounding": {"change", "form", "dtype", "first_loss", "last_loss", "share_left", "seeds"},
     "decode": {"kind", "batch", "method", "vs_frozen", "gb_per_s", "vs_copy", *SPREAD},
 }  # fmt: skip
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from loraplex import DualLoraConfig, base_weight, gated
@@ -114,6 +116,14 @@ def test_library(dtype):
     seed = torch.tensor(3) if dtype == torch.bfloat16 else None
     arguments = (x, *fs, torch.tensor(SCALE), weight, drawn(OUT, seed=7, dtype=dtype), seed)
     torch.library.opcheck(torch.ops.loraplex.gated_linear, arguments)
+
+
+def test_operations_are_counted():
+    x = drawn(6, IN, seed=5, dtype=torch.float32).requires_grad_()
+    fs = tuple(f.requires_grad_() for f in factors())
+    with FlopCounterMode(display=False) as counter:
+        gated_linear(x, fs, torch.tensor(SCALE), drawn(OUT, IN, seed=6, dtype=torch.float32), None).sum().backward()
+    assert counter.get_total_flops() == OUT * IN * (6 * 6 + 8 * (R1 + R2))
 
 
 # Rounding to half precision
@@ -399,3 +409,35 @@ def test_delta_is_kept_in_evaluation_only_and_follows_changes(monkeypatch):
         adapted.train().eval()
         check(1)
     assert not any("kept" in key for key in adapted.state_dict())
+
+
+# A whole model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_of_a_step_is_loras_and_one_layers_buffer(monkeypatch, dtype):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    from memory import allocations
+
+    layers, wide, narrow, tokens, r = 6, 320, 192, 32, 4
+
+    def extra(config: PeftConfig) -> int:
+        torch.manual_seed(0)
+        base = nn.Sequential(*(nn.Linear(*shape) for _ in range(layers) for shape in ((narrow, wide), (wide, narrow))))
+        adapted = get_peft_model(base.to(dtype), config, autocast_adapter_dtype=False).train()
+        x = torch.randn(tokens, narrow, dtype=dtype, requires_grad=True)
+        for _ in range(2):
+            with allocations(x.device) as found:
+                adapted(x).float().sum().backward()
+            adapted.zero_grad()
+            x.grad = None
+        return found.peak
+
+    targets = [str(i) for i in range(2 * layers)]
+    lora = extra(LoraConfig(r=r, target_modules=targets))
+    ours = extra(DualLoraConfig(r=r, target_modules=targets, init_weights=False))
+    naive = extra(DualLoraConfig(r=r, target_modules=targets, init_weights=False, compute="reference"))
+    buffer = wide * narrow * dtype.itemsize
+    # Beside the buffer: a few float32 tiles, the factors in float32, and dx of one layer.
+    assert ours - lora < buffer + 12 * base_weight._CPU_TILE * 4 + 10 * r * (wide + narrow) * 4
+    assert naive - lora > 2 * layers * 3 * buffer

@@ -17,6 +17,7 @@ does activation checkpointing, which restores torch's generator.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.flop_counter import register_flop_formula
 
 from loraplex.base_weight import tiles
 from loraplex.layer import wide
@@ -225,3 +227,19 @@ def _differentiate(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+# What torch's FlopCounterMode, which sees no products inside an operator, adds up. Shapes stand for tensors.
+
+
+@register_flop_formula(torch.ops.loraplex.gated_linear)
+def _(x: torch.Size, A: torch.Size, B: torch.Size, C: torch.Size, *_: Any, **__: Any) -> int:
+    size = B[0] * A[1]
+    return 2 * size * (math.prod(x[:-1]) + A[0] + C[0])
+
+
+@register_flop_formula(torch.ops.loraplex.gated_linear_backward)
+def _(dY: torch.Size, x: torch.Size | None, A: torch.Size, B: torch.Size, C: torch.Size, *rest: Any, **_: Any) -> int:
+    size, tokens, ranks = B[0] * A[1], math.prod(dY[:-1]), A[0] + C[0]
+    needs_x = rest[-1]
+    return 2 * size * (tokens * needs_x + ranks) + (2 * size * (tokens + 2 * ranks) if x is not None else 0)
