@@ -3,12 +3,12 @@
     python benchmarks/scaling.py --size 1024 --tokens 512
 
 Each sweep changes one number and fits a line. FLOPs are counted (torch's FlopCounterMode: matrix products that torch
-dispatches; inside a Triton kernel it sees none). "time" is in FLOPs too: seconds × the frozen layer's FLOP/s in the
+dispatches, and Dual LoRA's operators by their formulas). "time" is in FLOPs too: seconds × the frozen layer's FLOP/s in the
 same rounds, so a slope above the derived one is time that no matrix product accounts for. Derived saved bytes are
 `loraplex.budget`'s.
 
 Derived FLOPs of a step, T tokens, weight d × k: frozen 4Tdk; LoRA + 6Tr(d+k); MultiLoRA and MASA with concatenation
-the same with n·r; MASA's router + 6T((nr+n)·in + r·out + nr); Dual LoRA, W + ΔW added first, 6Tdk + 9dk(r1+r2).
+the same with n·r; MASA's router + 6T((nr+n)·in + r·out); Dual LoRA, W + ΔW added first, 6Tdk + 8dk(r1+r2).
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ def _derived(name: str, shape: dict[str, int], d: int, k: int) -> int:
     if name == "frozen":
         return 4 * T * d * k
     if name == "dual_lora":
-        return 6 * T * d * k + 9 * d * k * r
+        return 6 * T * d * k + 8 * d * k * r
     if name == "masa":
-        return 4 * T * d * k + 6 * T * ((n * r + n) * k + r * d + n * r)
+        return 4 * T * d * k + 6 * T * ((n * r + n) * k + r * d)
     width = n * r if name in ("multilora", "masa_concat") else r
     return 4 * T * d * k + 6 * T * width * (d + k)
 

@@ -277,7 +277,7 @@ def _kept_aslora(f: AsLoraFactors, T: int, s: int, c: int) -> int:
 
 def _kept_dual_lora(f: DualLoraFactors, T: int, s: int, c: int) -> int:
     if f.compute != "reference":
-        return 4 + 8  # the scale, and the seed of its rounding
+        return 4 + 8 * (s == 2)  # the scale, and the seed of its rounding
     # In float32, under autocast too: ReLU(BA), the same scaled, Sign(DC); and ΔW as it is computed with.
     return f.out_features * f.in_features * (3 * 4 + s)
 
