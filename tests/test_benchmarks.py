@@ -122,12 +122,11 @@ def test_scaling(tmp_path: Path) -> None:
 
 
 def test_rounding(tmp_path: Path) -> None:
-    """Every form starts from the same loss, to the rounding of its dtype."""
+    """Every form of one dtype starts from the same loss: ΔW = 0."""
     rows = {row["form"]: row for row in run("rounding", tmp_path)}
     assert rows.keys() == {"float32", "reference", "apart", "added", "nearest"}
     assert rows["float32"]["dtype"] == "float32" != rows["added"]["dtype"]
-    for row in rows.values():
-        assert float(row["first_loss"]) == pytest.approx(float(rows["float32"]["first_loss"]), rel=0.1)
+    assert len({row["first_loss"] for row in rows.values() if row["dtype"] == "bfloat16"}) == 1
 
 
 def test_decode(tmp_path: Path) -> None:
