@@ -3,8 +3,8 @@
     python benchmarks/scaling.py --size 1024 --tokens 512
 
 Each sweep changes one number and fits a line. FLOPs are counted (torch's FlopCounterMode: matrix products that torch
-dispatches, and Dual LoRA's operators by their formulas). "time" is in FLOPs too: seconds × the frozen layer's FLOP/s in the
-same rounds, so a slope above the derived one is time that no matrix product accounts for. Derived saved bytes are
+dispatches, and Dual LoRA's operators by their formulas). "time" is in FLOPs too: seconds × the frozen layer's FLOP/s in
+the same rounds, so a slope above the derived one is time that no matrix product accounts for. Derived saved bytes are
 `loraplex.budget`'s.
 
 Derived FLOPs of a step, T tokens, weight d × k: frozen 4Tdk; LoRA + 6Tr(d+k); MultiLoRA and MASA with concatenation
