@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loraplex.layer import AdapterLinear
 
 # In elements.
-_CPU_TILE, _GPU_TILE = 1 << 17, 1 << 22
+_CPU_TILE, _GPU_TILE = 1 << 18, 1 << 22
 
 
 class Unreadable(Exception):

@@ -65,6 +65,13 @@ class Factors(nn.Module, ABC):
         with torch.autocast(A.device.type, enabled=False):
             return B[rows] @ A
 
+    def by_rows(self) -> Callable[[slice], Tensor]:
+        """`delta_weight` without a gradient, for many calls: what all rows need is made once."""
+        if (form := self.lora_form()) is None:
+            return self.delta_weight
+        A, B = (factor.detach() for factor in form)
+        return lambda rows: B[rows] @ A
+
     @property
     def input_dtype(self) -> torch.dtype | None:
         """The dtype in which `forward` wants x; None: that in which the base layer gets it."""
@@ -315,21 +322,36 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         # A quantised weight can't be written in parts.
         whole = weight if self.quantization_backend is None else weight.clone()
         view = whole.T if self.fan_in_fan_out else whole
-        lost = total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        lost, total = self._add_to(view, [self.factors(name) for name in names])  # type: ignore[misc]
+        if safe_merge and not view.isfinite().all():
+            raise ValueError(
+                f"Merging {names} would write NaN or Inf into the weight of {self.module_name}: the adapter is "
+                "broken; load an earlier checkpoint."
+            )
+        if self.quantization_backend is not None:
+            lost = ((base_weight.write(self, whole) - whole).norm() ** 2).item()
+        return math.sqrt(lost / total) if total else 0.0
+
+    def _add_to(self, view: Tensor, adapters: list[Factors]) -> tuple[float, float]:
+        """W ← W + Σ ΔW; returns ‖what rounding took‖² and ‖Σ ΔW‖²."""
+        forms = [factors.lora_form() for factors in adapters]
+        rounds = view.dtype.itemsize < 4
+        if not rounds and self.quantization_backend is None and all(form is not None for form in forms):
+            for A, B in filter(None, forms):
+                view.addmm_(B.to(view), A.to(view))
+            return 0.0, 0.0
+        lost = total = torch.zeros((), dtype=torch.float64, device=view.device)
+        of_rows = [factors.by_rows() for factors in adapters]
         for rows in base_weight.tiles(view):
             # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
-            delta: Tensor = sum(self.factors(name).delta_weight(rows).to(weight.device) for name in names)  # type: ignore
+            delta: Tensor = sum(update(rows).to(view.device) for update in of_rows)  # type: ignore[assignment]
+            if not rounds and self.quantization_backend is None:
+                view[rows] += delta
+                continue
             merged = delta + view[rows]
-            if safe_merge and not merged.isfinite().all():
-                raise ValueError(
-                    f"Merging {names} would write NaN or Inf into the weight of {self.module_name}: the adapter is "
-                    "broken; load an earlier checkpoint."
-                )
             view[rows] = merged
             lost, total = lost + (view[rows] - merged).norm() ** 2, total + delta.norm() ** 2
-        if self.quantization_backend is not None:
-            lost = (base_weight.write(self, whole) - whole).norm() ** 2
-        return (lost / total).sqrt().item() if total else 0.0
+        return lost.item(), total.item()
 
     def _cannot_merge(self) -> str:
         backend: Any = self.quantization_backend

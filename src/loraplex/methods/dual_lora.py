@@ -7,6 +7,7 @@ positive inputs and −1 otherwise; its gradient is passed straight through, cli
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_choice, check_count, check_number, check_steps
-from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels
+from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels, rows_of, sign_
 from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
 from loraplex.schedule import Scheduled, StateOf, Stepped
@@ -30,7 +31,7 @@ class Sign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+        return sign_(x.clone())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -102,6 +103,10 @@ class DualLoraFactors(Factors):
         with torch.autocast(self.lora_A.device.type, enabled=False):
             A, B, C, D = (wide(factor) for factor in (self.lora_A, self.lora_B, self.lora_C, self.lora_D))
             return self.scaling * self.shared.fraction(A) * torch.relu(B[rows] @ A) * Sign.apply(D[rows] @ C)
+
+    def by_rows(self) -> Callable[[slice], Tensor]:
+        factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D
+        return rows_of(factors, self.scaling * self.shared.fraction(wide(self.lora_B)))
 
     def notes(self) -> list[str]:
         if self.shared.finished():
