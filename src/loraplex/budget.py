@@ -92,7 +92,13 @@ def plan(model: nn.Module, config: PeftConfig, tokens: int = 4096, autocast: boo
     Raises:
         ValueError: the architecture has no default targets, or the config does not fit the model.
     """
+    _check_planned(config)
     return _measure(model, config, _adapt(model, config), tokens, autocast)
+
+
+def _check_planned(config: PeftConfig) -> None:
+    if not isinstance(config, (AdapterConfig, LoraConfig)):
+        raise ValueError(f"{type(config).__name__} is neither one of loraplex nor a LoraConfig.")
 
 
 def _measure(model: nn.Module, config: PeftConfig, adapted: PeftModel, tokens: int, autocast: bool) -> Budget:
@@ -123,6 +129,7 @@ def match(model: nn.Module, config: PeftConfig, parameters: int, tokens: int = 4
     Raises:
         ValueError: r changes nothing, because other fields fix every rank; or as for `plan`.
     """
+    _check_planned(config)
     check_count("parameters", parameters)
     lowest = 1 + (config.r_magnitude or config.r_direction or 1) if isinstance(config, DualLoraConfig) else 1
     made: dict[int, PeftModel] = {}
@@ -147,10 +154,13 @@ def match(model: nn.Module, config: PeftConfig, parameters: int, tokens: int = 4
     return replace(found, excess=found.parameters - parameters)
 
 
-def _adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
+def count(model: nn.Module, config: PeftConfig) -> int:
+    """Trainable parameters with the adapter of any PEFT config; modules trained in full count too."""
+    return _adapt(model, config).get_nb_trainable_parameters()[0]
+
+
+def _adapt(model: nn.Module, config: Any) -> PeftModel:
     """A copy of `model` on the meta device, with the adapter."""
-    if not isinstance(config, (AdapterConfig, LoraConfig)):
-        raise ValueError(f"{type(config).__name__} is neither one of loraplex nor a LoraConfig.")
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if config.target_modules is None and kind not in DEFAULT_TARGETS:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -50,22 +50,38 @@ def calibrate(
     held_out = batches if held_out is None else list(held_out)
     if not batches or not held_out:
         raise ValueError("There is no batch to calibrate on: give some text of the adapter's task.")
+    with _evaluating(model):
+        gates = _mean_gates(model, batches)
+        for factors, mean in gates.items():
+            factors.mean_gate = mean.to(factors.lora_B.dtype)
+        return _measure(model, held_out, list(gates))
+
+
+@torch.no_grad()
+def expert_use(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Module → mean gate of each expert of the active router adapters on these inputs; the adapters stay as they are.
+
+    Raises:
+        ValueError: there is no batch, or no active adapter has a router.
+    """
+    with _evaluating(model):
+        return {factors.module_name: mean.tolist() for factors, mean in _mean_gates(model, batches).items()}
+
+
+def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[MasaFactors, Tensor]:
     gates: dict[MasaFactors, Tensor] = {}
 
     def add_gates(factors: MasaFactors, x: Tensor) -> None:
         gates[factors] = gates.get(factors, 0) + factors.gates(x).double().sum(0)
 
-    with _evaluating(model):
-        for batch in batches:
-            _outputs(model, batch, add_gates)
-        if not gates:
-            raise ValueError(
-                'No active adapter has a router: only MASA with expert_mixing="router" needs calibration. '
-                "Activate it with model.set_adapter(name)."
-            )
-        for factors, total in gates.items():
-            factors.mean_gate = (total / total.sum()).to(factors.lora_B.dtype)
-        return _measure(model, held_out, list(gates))
+    for batch in batches:
+        _outputs(model, batch, add_gates)
+    if not gates:
+        raise ValueError(
+            'No active adapter has a router, or there was no batch: only MASA with expert_mixing="router" needs '
+            "calibration. Activate it with model.set_adapter(name)."
+        )
+    return {factors: total / total.sum() for factors, total in gates.items()}
 
 
 def _measure(model: nn.Module, batches: list[Mapping[str, Any]], routed: list[MasaFactors]) -> Calibration:

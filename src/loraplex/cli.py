@@ -74,15 +74,42 @@ examples:
   loraplex budget meta-llama/Llama-3.1-70B --match lora:r=16 --adapter.target_modules all-linear
   loraplex budget ./model --params 0.5% --methods masa,aslora --tokens 8192 --dtype bfloat16 --autocast"""
 
+_COMPARE_HELP = """\
+STUDY.yaml names a model, tasks, methods, learning rates and seeds (configs/studies/ has examples). Every method tries
+the same number of learning rates on the eval parts; the best one is trained with every seed and tested once. Keys can
+be overridden as for train: --seeds [0,1] --budget lora:r=4 --train.max_steps 20.
+
+A study can be killed and started again: a finished cell is never run again. Its folder gets report.html, report.md,
+results.csv, results.json, and every cell's configuration, metrics and adapter.
+
+examples:
+  loraplex compare configs/studies/quick.yaml
+  loraplex compare configs/studies/quick.yaml --report"""
+
 # Options of the commands that take overrides; any other --option is one.
 _OWN_OPTIONS = {
     "train": {"--resume", "--dry-run", "--debug", "--help"},
-    "eval": {"--run", "--data", "--base", "--json", "--debug", "--help"},
+    "eval": {
+        *(
+            "--run",
+            "--data",
+            "--base",
+            "--test",
+            "--harness",
+            "--harness-path",
+            "--limit",
+            "--fewshot",
+            "--chat",
+            "--json",
+        ),
+        *("--debug", "--help"),
+    },
     "merge": {"--run", "--safe", "--calibration", "--dtype", "--force", "--output", "--json", "--debug", "--help"},
     "export": {
         *("--run", "--format", "--engine", "--compress", "--rank", "--max-error", "--dtype", "--calibration", "--safe"),
         *("--force", "--output", "--json", "--debug", "--help"),
     },
+    "compare": {"--jobs", "--dry-run", "--report", "--debug", "--help"},
     "budget": {
         *("--methods", "--match", "--params", "--tokens", "--dtype", "--task", "--autocast"),
         *("--json", "--debug", "--help"),
@@ -126,6 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="file, hub id, package:NAME or '{path: …}'; repeatable",
     )
     evaluate.add_argument("--base", action="store_true", help="measure the base model too")
+    evaluate.add_argument("--test", action="store_true", help="measure on the part held out by test_…, not by eval_…")
+    evaluate.add_argument("--harness", metavar="A,B", help="tasks of lm-evaluation-harness, instead of the run's data")
+    evaluate.add_argument("--harness-path", metavar="DIR", type=Path, help="a folder of task files of your own")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="of the harness: the first N examples of each task")
+    evaluate.add_argument("--fewshot", type=int, metavar="N", help="of the harness: examples in the prompt")
+    evaluate.add_argument("--chat", action="store_true", help="of the harness: use the tokenizer's chat template")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     export = add("export", "write an adapter as a plain LoRA or a merged model that servers load", _EXPORT_HELP)
@@ -172,10 +205,26 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--autocast", action="store_true", help="the step runs under autocast, as train does on a GPU")
     budget.add_argument("--json", action="store_true", help="print JSON, sizes in bytes, instead of tables")
 
+    compare = add("compare", "compare methods on your model and data, at one budget", _COMPARE_HELP)
+    compare.add_argument("study", metavar="STUDY.yaml", type=Path, help="what to compare")
+    compare.add_argument("--jobs", type=int, metavar="N", help="cells at a time; default: one per GPU, or one")
+    compare.add_argument(
+        "--dry-run", action="store_true", help="check the study, print its methods and cells, and stop"
+    )
+    compare.add_argument("--report", action="store_true", help="only write the report, from the cells that have run")
+
     inspect = add("inspect", "show an adapter's parameters, sharing map and merge history")
     inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
     inspect.add_argument(
         "--against", metavar="SOURCE", type=Path, help="of an exported LoRA: its error against the adapter it came from"
+    )
+    inspect.add_argument(
+        "--plots", metavar="DIR", type=Path, help="draw spectra of the updates and what is particular to the method"
+    )
+    inspect.add_argument(
+        "--with-data",
+        action="store_true",
+        help="with --plots: which experts MASA's router uses on the run's held-out data",
     )
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
@@ -226,14 +275,16 @@ def _fail(args: argparse.Namespace, error: Exception, message: str) -> int:
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:
-    extra = {"trl", "datasets", "pydantic", "yaml", "gguf", "matplotlib", "psutil"}
+    extra = {"trl", "datasets", "pydantic", "yaml", "gguf", "matplotlib", "psutil", "scipy"}
+    if error.name == "lm_eval":
+        return 'lm-evaluation-harness is not installed: pip install "loraplex[eval]"'
     if error.name in extra:
         return f'{error.name} is not installed: pip install "loraplex[train]"'
     return str(error)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    _quiet()
+    quiet()
     from loraplex.training.arguments import adapter_config, check_train
     from loraplex.training.config import load_run, parse_overrides, to_yaml
 
@@ -271,13 +322,24 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
-    _quiet()
+    quiet()
     from loraplex.training.adapted import evaluate_adapter, run_of
     from loraplex.training.config import parse_overrides
     from loraplex.training.report import print_metrics
 
-    run = run_of(args.adapter, args.run, args.data, parse_overrides(overrides))
-    report = evaluate_adapter(args.adapter, run, args.base)
+    if args.harness is None:
+        if args.harness_path or args.limit or args.fewshot or args.chat:
+            raise ValueError("--harness-path, --limit, --fewshot and --chat belong to --harness: name its tasks.")
+        run = run_of(args.adapter, args.run, args.data, parse_overrides(overrides))
+        report = evaluate_adapter(args.adapter, run, args.base, "test" if args.test else "eval")
+    else:
+        from loraplex.training.harness import Harness, evaluate_by_harness
+
+        if args.data or args.test:
+            raise ValueError("--harness brings its own data: leave --data and --test out.")
+        run = run_of(args.adapter, args.run, [], parse_overrides(overrides), data_option=None)
+        harness = Harness(args.harness.split(","), args.harness_path, args.limit, args.fewshot, args.chat)
+        report = evaluate_by_harness(args.adapter, run, harness, args.base)
     if args.json:
         _print_json({"adapter": str(args.adapter), "model": run.model, "method": run.method, "tasks": report})
     else:
@@ -299,7 +361,7 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _write_export(args: argparse.Namespace, overrides: list[str], **settings: Any) -> int:
-    _quiet()
+    quiet()
     from loraplex.training.adapted import run_of
     from loraplex.training.config import parse_overrides
     from loraplex.training.exporting import ExportJob, export_adapter
@@ -330,7 +392,7 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
 
 def _budget(args: argparse.Namespace, overrides: list[str]) -> int:
     gc.disable()  # a short command with millions of small objects and little garbage: a second of ten for 70B
-    _quiet(data=False)
+    quiet(data=False)
     from loraplex.training.budgeting import METHODS, BudgetJob, plan_methods
     from loraplex.training.config import parse_overrides
     from loraplex.training.report import print_budgets
@@ -346,6 +408,36 @@ def _budget(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
+def _study(args: argparse.Namespace, overrides: list[str]) -> int:
+    quiet()
+    from loraplex.study.config import load_study
+    from loraplex.study.report import HTML_NAME, write_report
+    from loraplex.study.run import choose_rates, prepare, run_study
+    from loraplex.study.terminal import print_plan, print_results
+    from loraplex.training.config import parse_overrides
+
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs}: give at least 1.")
+    study = load_study(args.study, parse_overrides(overrides))
+    state = prepare(study)
+    if args.dry_run:
+        print_plan(state)
+        return 0
+    if args.report:
+        if not Path(study.output_dir).is_dir():
+            raise ValueError(f"output_dir {study.output_dir} does not exist, so there is nothing to report.")
+        state.choices = choose_rates(state)
+    else:
+        print_plan(state)
+        run_study(state, args.jobs)
+    print_results(study, write_report(state))
+    print(f"report: {Path(study.output_dir) / HTML_NAME}")
+    if state.stopped:
+        print(f"continue with: loraplex compare {args.study}", file=sys.stderr)
+        return 130
+    return 0
+
+
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     from loraplex.inspect import describe
     from loraplex.training.report import print_description
@@ -355,15 +447,28 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     description = describe(args.adapter)
     if args.against is not None:
         description.against = _compare(args.adapter, args.against)
+    if args.plots is None:
+        if args.with_data:
+            raise ValueError("--with-data is for plots: give --plots DIR.")
+        _print_json(description.to_dict()) if args.json else print_description(description, args.adapter)
+        return 0
+    quiet()
+    from loraplex.training.figures import draw
+    from loraplex.training.looking import analyse_adapter
+    from loraplex.training.report import print_analysis
+
+    analysis = analyse_adapter(args.adapter, args.with_data)
+    written = draw(analysis, args.plots)
     if args.json:
-        _print_json(description.to_dict())
+        _print_json({**description.to_dict(), "analysis": analysis.to_dict(), "plots": [str(path) for path in written]})
     else:
         print_description(description, args.adapter)
+        print_analysis(analysis, written)
     return 0
 
 
 def _compare(exported: Path, source: Path) -> dict[str, float]:
-    _quiet()
+    quiet()
     from loraplex.plain import compare
     from loraplex.training.adapted import labels_of, load_on_skeleton, run_of
 
@@ -375,7 +480,7 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _quiet(data: bool = True) -> None:
+def quiet(data: bool = True) -> None:
     """Show our own progress and the libraries' errors, but not their advice; `data`: the command reads data sets."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
@@ -390,7 +495,10 @@ def _quiet(data: bool = True) -> None:
         datasets.utils.logging.set_verbosity_error()
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "export": _export, "merge": _merge, "budget": _budget, "inspect": _inspect}
+_COMMANDS = {
+    "train": _train, "eval": _eval, "compare": _study, "export": _export, "merge": _merge, "budget": _budget,
+    "inspect": _inspect,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

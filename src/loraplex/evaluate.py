@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -29,31 +29,45 @@ Metrics = dict[str, float]
 _LOGITS_PER_BATCH = 2**27  # elements; float32 logits and their log-softmax stay near 1 GB
 
 
+Scores = dict[str, Tensor]
+"""Per held-out example, `(examples,)` each. Answers: `nll` −Σ log p of the right one, its `tokens`, and of candidates
+whether the right one is the likeliest, `correct` and, per character, `correct_norm`; `exact`: whether it is what the
+model generates. Classes: `nll`, `predicted`,
+`label`, `correct`."""
+
+
 @dataclass
 class Evaluator:
-    """The held-out part of a task, encoded once and measured as often as wanted."""
+    """A held-out part of a task, encoded once and measured as often as wanted."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_length: int = 512
     batch_size: int = 16
+    part: Literal["eval", "test"] = "eval"
 
     def __post_init__(self) -> None:
-        if self.task.eval is None:
+        rows = getattr(self.task, self.part)
+        if rows is None:
             raise ValueError(
                 f"task {self.task.name!r} has no held-out examples: "
-                "set eval_fraction, eval_size, eval_split or eval_path."
+                f"set {', '.join(f'{self.part}_{name}' for name in ('fraction', 'size', 'split'))} or {self.part}_path."
             )
-        desc = f"tokenize {self.task.name}"
+        self._rows: Any = rows
         if self.task.kind == "classification":
-            texts = encode_texts(self.tokenizer, self.task.eval, self.max_length).to_list()
-            # Metrics don't depend on the order; batches of similar length need little padding.
-            self._texts = sorted(texts, key=lambda row: len(row["input_ids"]), reverse=True)
+            texts = encode_texts(self.tokenizer, rows, self.max_length).to_list()
+            # Batches of similar length need little padding.
+            self._texts = sorted(enumerate(texts), key=lambda item: len(item[1]["input_ids"]), reverse=True)
         else:
-            self._answers = encode_answers(self.tokenizer, self.task.eval, self.max_length, desc)
+            desc = f"tokenize {self.task.name}"
+            self._answers = encode_answers(self.tokenizer, rows, self.max_length, desc)
 
     def __call__(self, model: nn.Module, label: str = "eval") -> Metrics:
-        """Measure `model`, in evaluation mode and without gradients; its mode is restored afterwards."""
+        """Measure `model`: means over its `scores`."""
+        return self.summary(self.scores(model, label))
+
+    def scores(self, model: nn.Module, label: str = "eval") -> Scores:
+        """Measure `model` on each example, in evaluation mode without gradients; its mode is restored afterwards."""
         training = model.training
         model.eval()
         try:
@@ -64,34 +78,75 @@ class Evaluator:
         finally:
             model.train(training)
 
-    def _answering(self, model: nn.Module, desc: str) -> Metrics:
-        scores = log_likelihoods(model, self._answers, self.tokenizer.pad_token_id, self.batch_size, desc)
-        gold = [(group[0], answers[0].length) for group, answers in zip(scores, self._answers, strict=True)]
-        tokens = sum(length for _, length in gold)
-        loss = -sum(score for score, _ in gold) / max(tokens, 1)
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        if self.task.multiple_choice:
-            metrics |= _choice_accuracy(self.task.eval, [group[1:] for group in scores])
-        return metrics | {"examples": len(gold)}
+    def summary(self, scores: Scores) -> Metrics:
+        """Means: per answer token for the loss, per example for accuracies."""
+        nll = scores["nll"]
+        if self.task.kind == "classification":
+            return {
+                "loss": nll.mean().item(),
+                "accuracy": scores["correct"].double().mean().item(),
+                "f1": macro_f1(scores["predicted"], scores["label"]),
+                "examples": len(nll),
+            }
+        loss = (nll.sum() / scores["tokens"].sum().clamp(min=1)).item()
+        names = (("accuracy", "correct"), ("accuracy_norm", "correct_norm"), ("exact_match", "exact"))
+        accuracies = {name: scores[key].double().mean().item() for name, key in names if key in scores}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **accuracies, "examples": len(nll)}
 
-    def _classification(self, model: nn.Module, desc: str) -> Metrics:
+    def _answering(self, model: nn.Module, desc: str) -> Scores:
+        found = log_likelihoods(model, self._answers, self.tokenizer.pad_token_id, self.batch_size, desc)
+        scores = {
+            "nll": torch.tensor([-group[0] for group in found], dtype=torch.float64),
+            "tokens": torch.tensor([answers[0].length for answers in self._answers]),
+        }
+        if "choices" in self._rows.column_names:
+            scores |= _right_choices(self._rows, [group[1:] for group in found])
+        if self.task.generate:
+            scores["exact"] = self._generated(model, self.task.generate, desc)
+        return scores
+
+    def _generated(self, model: nn.Module, length: int, desc: str) -> Tensor:
+        """Whether greedy decoding, up to `length` tokens, writes the right answer; white space around it is free."""
+        exact = torch.zeros(len(self._answers), dtype=torch.bool)
+        end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        order = sorted(range(len(self._answers)), key=lambda i: self._answers[i][0].start, reverse=True)
+        with progress(f"{desc}, generating", len(order), "example") as bar:
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                prompts = [
+                    {"input_ids": answer.tokens[: answer.start]}
+                    for answer, *_ in map(self._answers.__getitem__, chosen)
+                ]
+                batch = self.tokenizer.pad(prompts, return_tensors="pt", padding_side="left").to(_device(model))
+                written = model.generate(  # type: ignore[operator]
+                    **batch, max_new_tokens=length, do_sample=False, eos_token_id=end, pad_token_id=pad
+                )[:, batch["input_ids"].shape[1] :]
+                for index, tokens in zip(chosen, written, strict=True):
+                    answer = self._answers[index][0]
+                    exact[index] = self._text(tokens) == self._text(answer.tokens[answer.start :])
+                bar.update(len(chosen))
+        return exact
+
+    def _text(self, tokens: Any) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()  # type: ignore[union-attr]
+
+    def _classification(self, model: nn.Module, desc: str) -> Scores:
+        order: list[int] = []
         logits, labels = [], []
         with progress(desc, len(self._texts), "example") as bar:
             for start in range(0, len(self._texts), self.batch_size):
-                rows = self._texts[start : start + self.batch_size]
+                numbers, rows = zip(*self._texts[start : start + self.batch_size], strict=True)
                 inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
                 batch = self.tokenizer.pad(inputs, return_tensors="pt").to(_device(model))
                 logits.append(model(**batch).logits.float().cpu())
                 labels += [row["labels"] for row in rows]
+                order += numbers
                 bar.update(len(rows))
-        scores, classes = torch.cat(logits), torch.tensor(labels)
-        predicted = scores.argmax(-1)
-        return {
-            "loss": nn.functional.cross_entropy(scores, classes).item(),
-            "accuracy": (predicted == classes).double().mean().item(),
-            "f1": macro_f1(predicted, classes),
-            "examples": len(labels),
-        }
+        back = torch.tensor(order).argsort()
+        values, label = torch.cat(logits)[back], torch.tensor(labels)[back]
+        predicted = values.argmax(-1)
+        nll = nn.functional.cross_entropy(values.double(), label, reduction="none")
+        return {"nll": nll, "predicted": predicted, "label": label, "correct": predicted == label}
 
 
 def macro_f1(predicted: Tensor, labels: Tensor) -> float:
@@ -103,14 +158,15 @@ def macro_f1(predicted: Tensor, labels: Tensor) -> float:
     return sum(scores) / len(scores)
 
 
-def _choice_accuracy(rows: Any, scores: list[list[float]]) -> Metrics:
-    plain = normed = 0
+def _right_choices(rows: Any, scores: list[list[float]]) -> Scores:
+    plain, normed = [], []
     for row, group in zip(rows, scores, strict=True):
         texts = [choice if isinstance(choice, str) else choice[-1]["content"] for choice in row["choices"]]
-        per_character = [score / max(len(text), 1) for score, text in zip(group, texts, strict=True)]
-        plain += max(range(len(group)), key=group.__getitem__) == row["answer"]
-        normed += max(range(len(group)), key=per_character.__getitem__) == row["answer"]
-    return {"accuracy": plain / len(scores), "accuracy_norm": normed / len(scores)}
+        # Without the space that joins prompt and answer: lm-evaluation-harness counts like this.
+        per_character = [score / max(len(text.strip()), 1) for score, text in zip(group, texts, strict=True)]
+        plain.append(max(range(len(group)), key=group.__getitem__) == row["answer"])
+        normed.append(max(range(len(group)), key=per_character.__getitem__) == row["answer"])
+    return {"correct": torch.tensor(plain), "correct_norm": torch.tensor(normed)}
 
 
 @dataclass

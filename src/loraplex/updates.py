@@ -72,8 +72,11 @@ class PlainLora:
 Update = Factors | PlainLora
 
 
-def adapted(model: nn.Module, adapter_name: str) -> list[tuple[BaseTunerLayer, Update]]:
+def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list[tuple[BaseTunerLayer, Update]]:
     """The layers that `adapter_name` adapts, with its update: of one of our methods, or of PEFT's LoRA.
+
+    Args:
+        mergeable: refuse updates that are no constant matrix.
 
     Raises:
         ValueError: the model has no such adapter, or it is of another kind.
@@ -90,8 +93,9 @@ def adapted(model: nn.Module, adapter_name: str) -> list[tuple[BaseTunerLayer, U
             found.append((layer, factors))
         elif isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}:
             found.append((layer, PlainLora(name.removeprefix(ROOT), layer, adapter_name)))
-    for _, update in found:
-        update.check_mergeable()
+    if mergeable:
+        for _, update in found:
+            update.check_mergeable()
     return found
 
 

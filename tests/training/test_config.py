@@ -112,7 +112,7 @@ def test_unknown_key_names_the_nearest(file, arguments, parts):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--method", "qlora"], ["method is 'qlora'", "'masa'", "the command line"]),
+        (["--method", "qlora"], ["method is 'qlora'", "did you mean 'lora'?", "masa", "adalora"]),
         (["--dtype", "int8"], ["dtype is 'int8'", "'bfloat16'"]),
         (["--train.learning_rate", "0"], ["train.learning_rate is 0", "greater than 0"]),
         (["--train.learning_rate", "fast"], ["train.learning_rate is 'fast'", "number"]),

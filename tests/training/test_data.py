@@ -74,7 +74,7 @@ def test_saved_dataset_with_class_names(tmp_path):
     assert Counter(task.train["label"]) == {0: 20, 1: 20}
     answers = load_task(DataSpec(path=str(tmp_path / "saved"), prompt="{text}:", response="{label}", eval_size=5), 0)
     assert set(answers.train["completion"]) == {" bad", " good"}
-    assert answers.multiple_choice
+    assert "choices" in answers.eval.column_names
     with pytest.raises(ValueError, match="no split 'dev': choose one of train, test"):
         load_task(DataSpec(path=str(tmp_path / "saved"), split="dev"), 0, "classification")
 
@@ -143,7 +143,7 @@ def test_conversation_needs_a_chat_template(write):
 
 def test_candidate_answers_follow_from_labels(write):
     task = load_task(DataSpec(path=write("films.jsonl"), eval_size=10, **SENTIMENT), 0)
-    assert task.multiple_choice
+    assert "choices" in task.eval.column_names
     assert task.train.column_names == ["prompt", "completion"]
     for row in task.eval:
         assert row["choices"] == [" bad", " good"]
@@ -415,7 +415,7 @@ def test_held_out_data_smaller_than_asked(write):
 
 def test_training_on_the_held_out_data_is_refused(write):
     path = write("films.jsonl")
-    with pytest.raises(ValueError, match="both trained and evaluated on"):
+    with pytest.raises(ValueError, match="is given for two of training, evaluation and test"):
         load_task(DataSpec(path=path, eval_path=path, **SENTIMENT), 0)
     with pytest.raises(ValueError, match="nothing to train on: all 40 examples are held out"):
         load_task(DataSpec(path=path, eval_path=write("copy.jsonl"), **SENTIMENT), 0)

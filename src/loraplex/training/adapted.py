@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from loraplex.config import check_adapter_files
 from loraplex.evaluate import Evaluator, Metrics
-from loraplex.training.arguments import METHOD_OF_TYPE
+from loraplex.training.arguments import method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
 from loraplex.training.models import load_model, load_skeleton
@@ -62,9 +62,7 @@ def _beside(adapter: Path, name: str) -> Path:
 
 def _tree_from_adapter(adapter: Path) -> dict[str, Any]:
     config = adapter_json(adapter)
-    method = METHOD_OF_TYPE.get(config["peft_type"])
-    if method is None:
-        raise ConfigError(f"{adapter} is a {config['peft_type']} adapter: use {', '.join(METHOD_OF_TYPE.values())}.")
+    method = method_of(config["peft_type"])
     task = "classification" if config.get("task_type") == "SEQ_CLS" else "sft"
     return {"model": config["base_model_name_or_path"], "method": method, "task": task, "output_dir": str(adapter)}
 
@@ -134,8 +132,10 @@ def labels_of(adapter: Path, run: RunConfig) -> list[str] | None:
     return list(json.loads(path.read_text(encoding="utf-8")))
 
 
-def evaluate_adapter(adapter: Path, run: RunConfig, with_base: bool) -> dict[str, dict[str, Metrics]]:
-    """task → {"base": metrics, "adapted": metrics}.
+def evaluate_adapter(
+    adapter: Path, run: RunConfig, with_base: bool, part: Literal["eval", "test"] = "eval"
+) -> dict[str, dict[str, Metrics]]:
+    """task → {"base": metrics, "adapted": metrics}, on the part that was held out for evaluation or for the test.
 
     Raises:
         ConfigError: no task holds examples out, or the data's classes are not those of the adapter.
@@ -144,9 +144,10 @@ def evaluate_adapter(adapter: Path, run: RunConfig, with_base: bool) -> dict[str
     label_names = list(tasks[0].label_names) or None
     if label_names and _beside(adapter, LABELS_NAME).is_file() and labels_of(adapter, run) != label_names:
         raise ConfigError(f"the data has the classes {label_names}, the adapter {labels_of(adapter, run)}.")
-    evaluators = make_evaluators(run, tasks, tokenizer)
+    evaluators = make_evaluators(run, tasks, tokenizer, part)
     if not evaluators:
-        raise ConfigError("data: nothing is held out: set eval_fraction, eval_size, eval_split or eval_path.")
+        keys = ", ".join(f"{part}_{name}" for name in ("fraction", "size", "split"))
+        raise ConfigError(f"data: nothing is held out: set {keys} or {part}_path.")
     model = load_adapted(adapter, run, label_names)
     report = {}
     for name, evaluator in evaluators.items():

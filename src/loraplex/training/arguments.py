@@ -9,12 +9,12 @@ from typing import Any, get_type_hints
 
 import torch
 from accelerate.utils import str_to_bool
-from peft import PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from loraplex.parallel import DDP_INSTEAD, FSDP2_INSTEAD
-from loraplex.training.config import ConfigError, RunConfig, TrainSection, unknown_key
+from loraplex.training.config import ConfigError, RunConfig, TrainSection, nearest, unknown_key
 
 # method → where its config class lives
 _CONFIGS = {
@@ -24,10 +24,7 @@ _CONFIGS = {
     "multilora": ("loraplex", "MultiLoraConfig"),
     "lora": ("peft", "LoraConfig"),
 }
-METHOD_OF_TYPE = {
-    "MASA": "masa", "ASLORA": "aslora", "DUALLORA": "dual_lora", "MULTILORA": "multilora", "LORA": "lora",
-}  # fmt: skip
-"""PEFT's name of a method → ours in a run."""
+_OF_TYPE = {"DUALLORA": "dual_lora"}
 # Filled in by PEFT, by us or by loading; not for a run to choose.
 _ADAPTER_RESERVED = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "loraplex_version"),
@@ -52,14 +49,35 @@ _TRAIN_OURS = {"on_nonfinite"}
 """Fields under `train` that are ours and not the trainer's."""
 
 
+def method_of(peft_type: str) -> str:
+    """What a run calls the method that PEFT calls `peft_type`: "DUALLORA" → "dual_lora"."""
+    return _OF_TYPE.get(peft_type, peft_type.lower())
+
+
+def config_class(method: str) -> Any:
+    """The PEFT config class of a method: ours, or one of PEFT's by the name of its type ("loha", "adalora", …).
+
+    Raises:
+        ConfigError: nothing is called so.
+    """
+    if method in _CONFIGS:
+        module, name = _CONFIGS[method]
+        return getattr(importlib.import_module(module), name)
+    others = {method_of(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method not in others:
+        near = nearest(method, [*_CONFIGS, *others])
+        hint = f"did you mean {near!r}?" if near else "choose one of"
+        raise ConfigError(f"method is {method!r}: {hint} Ours: {', '.join(_CONFIGS)}; PEFT's: {', '.join(others)}.")
+    return others[method]
+
+
 def adapter_config(run: RunConfig) -> PeftConfig:
     """The method's PEFT config, its fields checked one by one.
 
     Raises:
         ConfigError: a field the method doesn't have (with the nearest name), of the wrong type or out of range.
     """
-    module, name = _CONFIGS[run.method]
-    cls: Any = getattr(importlib.import_module(module), name)
+    cls = config_class(run.method)
     known = {f.name for f in dataclasses.fields(cls) if f.init} - _ADAPTER_RESERVED
     values = _checked(cls, run.adapter, known, "adapter")
     values["task_type"] = "SEQ_CLS" if run.task == "classification" else "CAUSAL_LM"

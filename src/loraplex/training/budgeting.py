@@ -5,18 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from peft import PeftConfig
 from torch import nn
 
 from loraplex.budget import Budget, match, plan
 from loraplex.training.arguments import adapter_config
-from loraplex.training.config import ConfigError, Method, RunConfig, nearest, parse_yaml, unknown_key
+from loraplex.training.config import METHODS, ConfigError, RunConfig, nearest, parse_yaml, unknown_key
 from loraplex.training.models import DTYPES, load_skeleton
 from loraplex.training.spec import Kind
 
-METHODS: tuple[str, ...] = get_args(Method)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _SOURCE = ("revision", "trust_remote_code", "gguf_file")
 
@@ -77,7 +76,7 @@ def plan_methods(job: BudgetJob, overrides: Iterable[tuple[str, Any]] = ()) -> B
     if job.match is not None and job.params is not None:
         raise ConfigError(f"--match {job.match} and --params {job.params} exclude each other: keep one.")
     configs = _configs(job, adapter)
-    reference = None if job.match is None else _parse_match(job.match, adapter, job.task)
+    reference = None if job.match is None else parse_match(job.match, adapter, job.task)
     skeleton: Any = load_skeleton(job.model, job.task, **source)
     if job.dtype != "auto":
         skeleton.to(DTYPES[job.dtype])
@@ -113,7 +112,7 @@ def _from_rank(config: Any, reference: Any) -> PeftConfig:
         return cast(PeftConfig, config)
 
 
-def parse_parameters(text: str, base: int) -> int:
+def parse_parameters(text: str, base: int, option: str = "--params") -> int:
     """The number of parameters that "2M", "300k", "4,194,304" or "0.5%" (of `base`) stands for.
 
     Raises:
@@ -122,17 +121,17 @@ def parse_parameters(text: str, base: int) -> int:
     found = re.fullmatch(r"(\d[\d_,]*\.?\d*|\.\d+)\s*([%kmb]?)", text.strip().lower())
     number = float(re.sub("[_,]", "", found[1])) if found else 0.0
     if found is None or number <= 0:
-        raise ConfigError(f"--params {text}: give a number (2000000, 2M, 300k) or a share of the base model (0.5%).")
+        raise ConfigError(f"{option} {text}: give a number (2000000, 2M, 300k) or a share of the base model (0.5%).")
     return max(1, round(number * base / 100 if found[2] == "%" else number * _UNITS[found[2]]))
 
 
-def _parse_match(text: str, adapter: dict[str, Any], task: Kind) -> tuple[str, PeftConfig]:
+def parse_match(text: str, adapter: dict[str, Any], task: Kind, option: str = "--match") -> tuple[str, PeftConfig]:
     """The method and config of "lora:r=16,target_modules=[q_proj]", laid over the fields that hold for all."""
     method, _, fields_text = text.partition(":")
     _check_method(method)
-    own = parse_yaml(f"{{{fields_text.replace('=', ': ')}}}", f"--match {text}")
+    own = parse_yaml(f"{{{fields_text.replace('=', ': ')}}}", f"{option} {text}")
     if not own or any(value is None for value in own.values()):
-        raise ConfigError(f"--match {text}: write METHOD:FIELD=VALUE,FIELD=VALUE, for example lora:r=16.")
+        raise ConfigError(f"{option} {text}: write METHOD:FIELD=VALUE,FIELD=VALUE, for example lora:r=16.")
     known = _fields(method)
     return method, _config(method, {k: v for k, v in adapter.items() if k in known} | own, task)
 
@@ -154,7 +153,7 @@ def _fields(method: str) -> set[str]:
 
 def _config(method: str, adapter: dict[str, Any], task: Kind) -> PeftConfig:
     # No run: only what `adapter_config` reads of one.
-    return adapter_config(RunConfig.model_construct(method=cast(Method, method), adapter=adapter, task=task))
+    return adapter_config(RunConfig.model_construct(method=method, adapter=adapter, task=task))
 
 
 def _check_method(method: str) -> None:

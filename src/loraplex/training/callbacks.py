@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,6 +36,21 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, log: MetricsLog) -> None:
         self.log = log
+        self._started = 0.0
+        self._seconds: list[float] = []
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median over the steps of this process, the first left out: it warms up."""
+        return statistics.median(self._seconds[1:]) if len(self._seconds) > 1 else None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._seconds.append(time.perf_counter() - self._started)
 
     def on_log(
         self,

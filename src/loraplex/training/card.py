@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from loraplex.training.run import Result
 
 _LOAD_OURS = "import loraplex  # registers the adapter's type with PEFT\n"
+OURS = ("masa", "aslora", "dual_lora", "multilora")
 _TITLES = {"masa": "MASA", "aslora": "ASLoRA", "dual_lora": "Dual LoRA", "multilora": "MultiLoRA", "lora": "LoRA"}
 _AUTO = {"sft": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 
 
 def model_card(run: RunConfig, result: Result) -> str:
     """The text of README.md, with its metadata."""
-    title = _TITLES[run.method]
+    title = _TITLES.get(run.method, run.method)
     return "\n\n".join(
         [
             _metadata(run),
@@ -34,7 +35,7 @@ def model_card(run: RunConfig, result: Result) -> str:
 
 
 def _metadata(run: RunConfig) -> str:
-    tags = [run.method, *([] if run.method == "lora" else ["loraplex"])]
+    tags = [run.method, *(["loraplex"] if run.method in OURS else [])]
     lines = ["library_name: peft", f"tags: {json.dumps(tags)}"]
     # Only a hub id means something to a reader of the metadata.
     if ":" not in run.model and not Path(run.model).exists():
@@ -53,8 +54,8 @@ def _table(result: Result) -> str:
 
 
 def _loading(run: RunConfig, result: Result, title: str) -> str:
-    ours = "" if run.method == "lora" else _LOAD_OURS
-    needs = "" if run.method == "lora" else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
+    ours = _LOAD_OURS if run.method in OURS else ""
+    needs = "" if run.method not in OURS else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
     imported, base = _base(run, result)
     return (
         f"## How to load\n\n{needs}```python\n{ours}from peft import PeftModel\n{imported}\n\n"

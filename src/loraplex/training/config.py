@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex.training.spec import DataSpec
 
-Method = Literal["masa", "aslora", "dual_lora", "multilora", "lora"]
+METHODS = ("masa", "aslora", "dual_lora", "multilora", "lora")
+"""The methods that this project is about, and plain LoRA; a run may name any other of PEFT's too."""
 
 # What people write first → the name that transformers' TrainingArguments has for it.
 _TRAIN_SYNONYMS = {
@@ -58,6 +59,7 @@ class TrainSection(BaseModel):
     max_length: int = Field(512, ge=8, description="tokens per example; longer prompts are cut, answers kept")
     logging_steps: int = Field(1, ge=1, description="updates between two rows of metrics.jsonl")
     eval_steps: int | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
+    eval_on_start: bool = Field(True, description="evaluate the base model before training")
     save_steps: int = Field(100, ge=1, description="updates between two checkpoints")
     save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
     on_nonfinite: Literal["stop", "skip"] = Field(
@@ -82,7 +84,7 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run the code that a hub model brings along")
     dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the base weights")
     task: Literal["sft", "classification"] = Field("sft", description="causal language model, or classifier")
-    method: Method = Field(description="the adapter's method; lora = plain LoRA, for comparison")
+    method: str = Field(description="the adapter's method: one of ours, lora for comparison, or another of PEFT's")
     adapter: dict[str, Any] = Field(default_factory=dict, description="fields of the method's config (r, …)")
     data: list[DataSpec] = Field(min_length=1, description="one entry per data set, mixed by weight")
     train: TrainSection = Field(
@@ -216,15 +218,19 @@ def build_run(tree: dict[str, Any], source: str, overridden: set[str] | None = N
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(entry, source, overridden or set()) for entry in error.errors()]
+        sections: dict[str, type[BaseModel]] = {"train": TrainSection, "data": DataSpec}
+        lines = [explain(entry, source, overridden or set(), RunConfig, sections) for entry in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _explain(entry: Any, source: str, overridden: set[str]) -> str:
+def explain(
+    entry: Any, source: str, overridden: set[str], root: type[BaseModel], sections: dict[str, type[BaseModel]]
+) -> str:
+    """One of pydantic's errors in our words. `sections`: key → the model of what stands under it."""
     path = ".".join(str(part) for part in entry["loc"])
     place = "the command line" if any(path == k or path.startswith(f"{k}.") for k in overridden) else source
     if entry["type"] == "extra_forbidden":
-        return unknown_key(path, _names_beside(entry["loc"]), place)
+        return unknown_key(path, _names_beside(entry["loc"], root, sections), place)
     if entry["type"] == "missing":
         return f"{source}: {path} is missing: add `{path}: …` or give --{path}."
     message = entry["msg"].removeprefix("Value error, ")
@@ -233,10 +239,9 @@ def _explain(entry: Any, source: str, overridden: set[str]) -> str:
     return f"{place}: {path} is {entry['input']!r}: {message}"
 
 
-def _names_beside(location: tuple[Any, ...]) -> list[str]:
-    sections: dict[Any, type[BaseModel]] = {"train": TrainSection, "data": DataSpec}
-    model = sections.get(location[0], RunConfig) if len(location) > 1 else RunConfig
-    return list(model.model_fields)
+def _names_beside(location: tuple[Any, ...], root: type[BaseModel], sections: dict[str, type[BaseModel]]) -> list[str]:
+    inner = [sections[part] for part in location[:-1] if part in sections]
+    return list((inner[-1] if inner else root).model_fields)
 
 
 def unknown_key(path: str, names: Iterable[str], place: str) -> str:

@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """One task's examples, ready for a trainer; `eval` is None when nothing is held out.
+    """One task's examples, ready for a trainer; `eval` and `test` are None when nothing is held out for them.
 
-    Where the answer is one of several, `eval` has two more columns: `choices`, the candidates in the form of
-    `completion`, and `answer`, the index of the right one.
+    Where the answer is one of several, `eval` and `test` have two more columns: `choices`, the candidates in the form
+    of `completion`, and `answer`, the index of the right one.
     """
 
     name: str
@@ -39,44 +39,50 @@ class Task:
     weight: float | None = None
     label_names: tuple[str, ...] = ()
     dropped: int = 0
-    """Training examples left out because the held-out part has the same one."""
-
-    @property
-    def multiple_choice(self) -> bool:
-        """Whether `eval` lists candidate answers."""
-        return self.eval is not None and "choices" in self.eval.column_names
+    """Training examples left out because a held-out part has the same one."""
+    generate: int = 0
+    """Evaluate by generating up to so many tokens, too; 0 does not."""
+    test: Dataset | None = None
+    """Untouched by training, for the last word on an adapter."""
 
 
 def load_task(spec: DataSpec, seed: int, kind: Kind = "sft", chat: bool = False) -> Task:
-    """Read a data set, hold a part out and turn its rows into examples of `kind`.
+    """Read a data set, hold parts out and turn its rows into examples of `kind`.
 
-    `chat` says whether `sft` examples are lists of messages: true for a tokenizer with a chat template. The
-    held-out part depends only on the seed and the data, and no example of it stays in the training part.
+    `chat` says whether `sft` examples are lists of messages: true for a tokenizer with a chat template. The held-out
+    parts depend only on the data and on `split_seed`, or else `seed`; no example of theirs stays in the training part,
+    and none of the test part in the other.
 
     Raises FileNotFoundError, ModuleNotFoundError (a missing package) and ValueError; each names the value at
     fault and the remedy.
     """
     spec = with_defaults(spec)
     rows = read_rows(spec.path, spec.split, spec.subset)
-    eval_rows, eval_order, train_order = _hold_out(spec, seed, rows)
-    eval_place = spec.eval_path or spec.path
+    test, evaluation, train_order = _hold_out(spec, seed if spec.split_seed is None else spec.split_seed, rows)
     if kind == "sft":
         label_names: tuple[str, ...] = ()
         convert = writer(spec, rows, chat)
     else:
-        names = label_map(spec, rows, eval_rows)
+        names = label_map(spec, rows, evaluation.rows, test.rows)
         label_names = tuple(dict.fromkeys(names.values()))
         convert = classifier(spec, names)
-    held_out = [example for index in eval_order for example in convert(eval_rows[index], _where(eval_place, index))]
-    train, dropped = _training_part(spec, rows, train_order, convert, {_identity(example) for example in held_out})
+    tested = test.examples(convert)
+    secret = {_identity(example) for example in tested}
+    evaluated = [example for example in evaluation.examples(convert) if _identity(example) not in secret]
+    if evaluation.order and not evaluated:
+        raise ValueError(f"{spec.path!r}: every example to evaluate on is also one to test on: change eval_… or test_…")
+    secret |= {_identity(example) for example in evaluated}
+    train, dropped = _training_part(spec, rows, train_order, convert, secret)
     return Task(
         name=spec.title,
         kind=kind,
         train=Dataset.from_list(train),
-        eval=Dataset.from_list(held_out) if held_out else None,
+        eval=Dataset.from_list(evaluated) if evaluated else None,
+        test=Dataset.from_list(tested) if tested else None,
         weight=spec.weight,
         label_names=label_names,
         dropped=dropped,
+        generate=spec.generate or 0,
     )
 
 
@@ -106,28 +112,48 @@ def build_mixture(tasks: Sequence[Task], seed: int, size: int | None = None) -> 
     return concatenate_datasets([task.train for task in tasks]).select(indices)
 
 
-def _hold_out(spec: DataSpec, seed: int, rows: Rows) -> tuple[Rows, list[int], list[int]]:
-    """The rows to evaluate on, which of them in which order, and the order of the rows to train on."""
-    order = _permutation(len(rows), seed)
-    if spec.eval_path is None and spec.eval_split is None:
-        count = spec.eval_size or 0
-        if spec.eval_fraction is not None:
-            count = max(1, round(spec.eval_fraction * len(rows)))
-        if count >= len(rows):
-            asked = "eval_fraction" if spec.eval_fraction is not None else "eval_size"
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one data set, in the order in which they are used."""
+
+    place: str
+    rows: Rows
+    order: list[int]
+
+    def examples(self, convert: Convert) -> list[Example]:
+        return [e for index in self.order for e in convert(self.rows[index], _where(self.place, index))]
+
+
+def _hold_out(spec: DataSpec, seed: int, rows: Rows) -> tuple[_Part, _Part, list[int]]:
+    """What to test on, what to evaluate on, and the order of the rows to train on."""
+    order, held_out, places = _permutation(len(rows), seed), [], [(spec.path, spec.split)]
+    for part in ("test", "eval"):
+        path, split, fraction, size = (
+            getattr(spec, f"{part}_{name}") for name in ("path", "split", "fraction", "size")
+        )
+        if path is None and split is None:
+            count = max(1, round(fraction * len(rows))) if fraction is not None else size or 0
+            if count >= len(order):
+                asked = f"{part}_fraction {fraction}" if fraction is not None else f"{part}_size {size}"
+                raise ValueError(
+                    f"{asked} holds out {count} of the {len(rows)} rows of {spec.path!r} and leaves none to train on: "
+                    "lower it, or give more data"
+                )
+            held_out.append(_Part(spec.path, rows, order[:count]))
+            order = order[count:]
+            continue
+        place = path or spec.path, split or "train"
+        if place in places:
             raise ValueError(
-                f"{asked} {getattr(spec, asked)} holds out {count} of the {len(rows)} rows of {spec.path!r} and "
-                "leaves none to train on: lower it, or give more data"
+                f"{place[0]!r}, split {place[1]!r} is given for two of training, evaluation and test: give another "
+                f"{part}_split"
             )
-        return rows, order[:count], order[count:]
-    place, split = spec.eval_path or spec.path, spec.eval_split or "train"
-    if (place, split) == (spec.path, spec.split):
-        raise ValueError(f"{place!r}, split {split!r} is both trained and evaluated on: give another eval_split")
-    same = place == spec.path
-    eval_rows = read_rows(place, split, spec.subset if same else None)
-    if (spec.eval_size or 0) > len(eval_rows):
-        raise ValueError(f"eval_size {spec.eval_size} is more than the {len(eval_rows)} rows of {place!r}: lower it")
-    return eval_rows, _permutation(len(eval_rows), seed)[: spec.eval_size], order
+        places.append(place)
+        others = read_rows(*place, spec.subset if place[0] == spec.path else None)
+        if (size or 0) > len(others):
+            raise ValueError(f"{part}_size {size} is more than the {len(others)} rows of {place[0]!r}: lower it")
+        held_out.append(_Part(place[0], others, _permutation(len(others), seed)[:size]))
+    return held_out[0], held_out[1], order
 
 
 def _training_part(

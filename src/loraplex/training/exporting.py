@@ -144,13 +144,14 @@ def _calibrate(adapter: Path, run: RunConfig, labels: list[str] | None, data: li
         cut = len(rows) if task.eval is not None else len(rows) - max(1, len(rows) // 4)
         rest = rows.select(range(cut, len(rows))) if task.eval is None else task.eval
         rest = rest.select(range(min(max(1, count // 4), len(rest))))
-        seen += _batches(rows.select(range(max(1, cut))), run, tokenizer, model.device)
-        held_out += _batches(rest, run, tokenizer, model.device)
+        seen += batches_of(rows.select(range(max(1, cut))), run, tokenizer, model.device)
+        held_out += batches_of(rest, run, tokenizer, model.device)
     note(f"calibrating on {len(seen)} batches, measuring on {len(held_out)} held-out ones")
     return calibrate(model, seen, held_out)
 
 
-def _batches(rows: Any, run: RunConfig, tokenizer: PreTrainedTokenizerBase, device: Any) -> Iterator[dict[str, Any]]:
+def batches_of(rows: Any, run: RunConfig, tokenizer: PreTrainedTokenizerBase, device: Any) -> Iterator[dict[str, Any]]:
+    """Inputs for `model(**batch)` from a task's rows."""
     encode = encode_training if run.task == "sft" else encode_texts
     rows = encode(tokenizer, rows, run.train.max_length).remove_columns("labels")
     for start in range(0, len(rows), _BATCH):

@@ -14,7 +14,7 @@ from loraplex.training.arguments import training_arguments
 from loraplex.training.budgeting import BudgetJob, BudgetReport, plan_methods
 from loraplex.training.callbacks import ProgressLine
 from loraplex.training.checkpoints import RUN_NAME, checkpoints
-from loraplex.training.config import RunConfig
+from loraplex.training.config import METHODS, RunConfig
 from loraplex.training.report import size_text, step_parts
 
 Phase = Literal["start", "step", "evaluation"]
@@ -67,14 +67,17 @@ def explain(run: RunConfig, error: BaseException) -> str:
         task=run.task,
         autocast=arguments.bf16 or arguments.fp16,
     )
-    report = plan_methods(
-        job, [*((f"adapter.{key}", value) for key, value in run.adapter.items()), *run.source.items()]
-    )
+    if run.method in METHODS:
+        report = plan_methods(
+            job, [*((f"adapter.{key}", value) for key, value in run.adapter.items()), *run.source.items()]
+        )
+    else:
+        report = None  # the budget knows no other methods
     phase, what = "start", "out of memory before the first step"
     if isinstance(error, OutOfMemory):
         phase, what = error.phase, str(error)
-    remedies = _remedies(run, phase, report.dtype)
-    lines = [what, *_planned(run, phase, report), "what needs less memory:"]
+    remedies = _remedies(run, phase, run.dtype if report is None else report.dtype)
+    lines = [what, *([] if report is None else _planned(run, phase, report)), "what needs less memory:"]
     lines += [f"  {options}  ({effect})" for options, effect in remedies.items()]
     return "\n".join([*lines, *_going_on(run, phase, next(iter(remedies)))])
 

@@ -96,7 +96,7 @@ def plot_losses(rows: Iterable[Row], path: Path, title: str) -> None:
         window = len(losses) / 20
         axes.plot(steps, losses, color="0.75" if window > 2 else "0.35", linewidth=1.0, label="training")
         if window > 2:
-            axes.plot(steps, _smooth(losses, window), color="0.35", linewidth=1.8, label="training, smoothed")
+            axes.plot(steps, smooth(losses, window), color="0.35", linewidth=1.8, label="training, smoothed")
     tasks = list(dict.fromkeys(r["task"] for r in rows if r["event"] == "eval"))
     for task, marker, dashes in zip(tasks, "osD^vP*X", ["--", "-.", ":", (0, (5, 1))] * 2, strict=False):
         points = [(r["step"], r["loss"]) for r in rows if r["event"] == "eval" and r["task"] == task]
@@ -115,7 +115,7 @@ def plot_losses(rows: Iterable[Row], path: Path, title: str) -> None:
     os.replace(temporary, path)
 
 
-def _smooth(values: Iterable[float], window: float) -> list[float]:
+def smooth(values: Iterable[float], window: float) -> list[float]:
     """Exponential running mean over about `window` values, corrected for its start."""
     weight = 1 - 1 / window
     mean, total, smoothed = 0.0, 0.0, []

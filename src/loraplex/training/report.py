@@ -16,6 +16,7 @@ from loraplex.inspect import Description
 from loraplex.merged import MergedExport
 
 if TYPE_CHECKING:
+    from loraplex.analysis import Analysis, Spectrum
     from loraplex.budget import Budget
     from loraplex.calibrate import Calibration
     from loraplex.training.budgeting import BudgetReport
@@ -24,8 +25,20 @@ if TYPE_CHECKING:
 # Choices of equal length have equal accuracies: one row is enough then.
 _SAME_AS = {"accuracy_norm": "accuracy"}
 # Columns of words, which stand at the left.
-_WORDS = {"task", "metric", "module", "factors", "family", "factor", "shape", "read by layers", "method", "settings"}
-_METRICS = ("loss", "perplexity", "accuracy", "accuracy_norm", "f1")
+_WORDS = {
+    "task",
+    "modules",
+    "metric",
+    "module",
+    "factors",
+    "family",
+    "factor",
+    "shape",
+    "read by layers",
+    "method",
+    "settings",
+}
+_METRICS = ("loss", "perplexity", "accuracy", "accuracy_norm", "exact_match", "f1")
 
 
 def make_console() -> Console:
@@ -68,7 +81,8 @@ def print_metrics(tasks: dict[str, dict[str, Any]], title: str) -> None:
     table = _table(title, "task", "metric", *names)
     for task, columns in tasks.items():
         label = f"{task} ({next(iter(columns.values()))['examples']:,} examples)"
-        for metric in _METRICS:
+        others = {key: None for values in columns.values() for key in values if key not in (*_METRICS, "examples")}
+        for metric in (*_METRICS, *others):
             if any(values.get(metric) not in (None, values.get(_SAME_AS.get(metric))) for values in columns.values()):
                 cells = [_number(columns.get(name, {}).get(metric)) for name in names]
                 table.add_row(label, metric, *cells)
@@ -161,6 +175,30 @@ def print_export(export: LoraExport | MergedExport, calibration: Calibration | N
     if isinstance(export, LoraExport) and (command := ENGINES[export.engine].command):
         facts.append(("serve", command.format(folder=export.folder, rank=export.rank, base=export.base_model)))
     console.print(_facts(facts))
+
+
+def print_analysis(analysis: Analysis, written: list[Path]) -> None:
+    """Per role: how many directions the updates use; and where the figures are."""
+    console = make_console()
+    table = _table("Updates", "modules", "layers", "effective rank", "σ₁ / Σ σ", "‖ΔW‖")
+    roles: dict[str, list[Spectrum]] = {}
+    for spectrum in analysis.spectra:
+        roles.setdefault(spectrum.role, []).append(spectrum)
+    for role, group in roles.items():
+        cells = [
+            _span([getter(s) for s in group])
+            for getter in (lambda s: s.effective_rank, lambda s: s.share(1), lambda s: s.norm)
+        ]
+        table.add_row(_dotted(role), str(len(group)), *cells)
+    console.print(table)
+    for note in dict.fromkeys(s.note for s in analysis.spectra if s.note):
+        console.print(f"spectra: {note}")
+    console.print("plots: " + ", ".join(str(path) for path in written))
+
+
+def _span(values: list[float]) -> str:
+    """Mean, lowest and highest."""
+    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def print_budgets(report: BudgetReport) -> None:

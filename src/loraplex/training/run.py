@@ -13,7 +13,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
@@ -73,6 +73,8 @@ class Result:
     after: dict[str, Metrics] = field(default_factory=dict)
     trainable: int = 0
     seconds: float = 0.0
+    step_seconds: float | None = None
+    """Median of a step, without evaluation and saving."""
     peak_memory: int = 0
     """Bytes: of the accelerator where there is one, else of the process."""
     signal: int | None = None
@@ -102,7 +104,7 @@ def _train(run: RunConfig, output_dir: Path, checkpoint: Path | None) -> Result:
     evaluators = make_evaluators(run, tasks, tokenizer)
     arguments = training_arguments(
         run,
-        eval_on_start=checkpoint is None and bool(evaluators),
+        eval_on_start=checkpoint is None and bool(evaluators) and run.train.eval_on_start,
         **({} if evaluators and run.train.eval_steps else {"eval_strategy": "no"}),
     )
     trainer = _build_trainer(run, arguments, tokenizer, tasks, adapter_config(run))
@@ -157,10 +159,13 @@ def load_data(run: RunConfig) -> tuple[PreTrainedTokenizerBase, list[Task]]:
     return tokenizer, tasks
 
 
-def make_evaluators(run: RunConfig, tasks: list[Task], tokenizer: PreTrainedTokenizerBase) -> dict[str, Evaluator]:
-    """task → its evaluator, for the tasks that hold examples out."""
+def make_evaluators(
+    run: RunConfig, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, part: Literal["eval", "test"] = "eval"
+) -> dict[str, Evaluator]:
+    """task → its evaluator, for the tasks that hold examples out for `part`."""
     length, batch = run.train.max_length, run.train.per_device_eval_batch_size
-    return {task.name: Evaluator(task, tokenizer, length, batch) for task in tasks if task.eval is not None}
+    held_out = [task for task in tasks if getattr(task, part) is not None]
+    return {task.name: Evaluator(task, tokenizer, length, batch, part) for task in held_out}
 
 
 def load_base(run: RunConfig, tasks: list[Task]) -> Any:
@@ -204,7 +209,8 @@ def _attach(trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log:
         checkpoint_without_reentry(trainer.args)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    ours = (ScheduleCallback(saves=False), ResumedLearningRate(), MetricsCallback(log), ProgressLine())
+    trainer.metrics = MetricsCallback(log)
+    ours = (ScheduleCallback(saves=False), ResumedLearningRate(), trainer.metrics, ProgressLine())
     for callback in (*ours, trainer.guard, stop):
         trainer.add_callback(callback)
     return stop
@@ -228,7 +234,7 @@ def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | N
         if trainer.evaluators and trainer.evaluated_at != result.step:
             trainer.evaluate()
         _save(trainer, output_dir)
-    result.seconds = time.monotonic() - started
+    result.seconds, result.step_seconds = time.monotonic() - started, trainer.metrics.seconds_per_step
     result.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     result.peak_memory = peak_memory()
     result.before, result.after = log.evaluations(0), log.evaluations(_saved_step(trainer, result.step))
@@ -272,6 +278,7 @@ def _write_end(log: MetricsLog, result: Result) -> None:
         result.step,
         {
             "seconds": round(result.seconds, 1),
+            "step_seconds": None if result.step_seconds is None else round(result.step_seconds, 4),
             "trainable_parameters": result.trainable,
             "peak_memory_bytes": result.peak_memory,
         },

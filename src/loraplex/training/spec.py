@@ -12,6 +12,7 @@ from loraplex.training.packages import PACKAGE_PREFIX, package_data
 
 Kind = Literal["sft", "classification"]
 EVAL_FIELDS = frozenset({"eval_path", "eval_split", "eval_fraction", "eval_size"})
+TEST_FIELDS = frozenset({"test_path", "test_split", "test_fraction", "test_size"})
 ANSWER_FIELDS = frozenset({"prompt", "response", "messages", "labels", "choices"})
 
 
@@ -28,6 +29,13 @@ class DataSpec(BaseModel):
     eval_split: str | None = Field(None, description="Split to evaluate on, of `eval_path` or else of `path`")
     eval_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to hold out at random")
     eval_size: int | None = Field(None, gt=0, description="Number of held-out rows, drawn at random")
+    test_path: str | None = Field(None, description="Data to test on, which no training run looks at; like eval_path")
+    test_split: str | None = Field(None, description="Split to test on, of `test_path` or else of `path`")
+    test_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to test on, drawn at random")
+    test_size: int | None = Field(None, gt=0, description="Number of rows to test on, drawn at random")
+    split_seed: int | None = Field(
+        None, ge=0, description="Which rows are held out at random; the run's seed if left out"
+    )
     weight: float | None = Field(None, gt=0, description="Share in a mixture, relative to the other tasks")
     max_examples: int | None = Field(None, gt=0, description="Train on at most so many rows, drawn at random")
     prompt: str | None = Field(None, description="Template over the columns, e.g. 'Review: {text}\\nSentiment:'")
@@ -39,6 +47,10 @@ class DataSpec(BaseModel):
     label_column: str = Field("label", description="Column that `labels` translates; the class to predict")
     choices: list[str] | str | None = Field(
         None, description="Candidate answers, or the column that lists them: evaluation scores them by likelihood"
+    )
+
+    generate: int | None = Field(
+        None, gt=0, description="Evaluate exact_match too: greedy decoding of up to so many tokens writes the answer"
     )
 
     @field_validator("labels", mode="before")
@@ -61,10 +73,12 @@ class DataSpec(BaseModel):
         # A packaged data set brings the other half.
         if (self.prompt is None) != (self.response is None) and not self.path.startswith(PACKAGE_PREFIX):
             raise ValueError("prompt and response belong together: give both, or neither")
-        if self.eval_fraction is not None and (self.eval_size or self.eval_split or self.eval_path):
-            raise ValueError(
-                f"eval_fraction={self.eval_fraction} excludes eval_size, eval_split and eval_path: keep one"
-            )
+        for part in ("eval", "test"):
+            fraction, *others = (getattr(self, f"{part}_{name}") for name in ("fraction", "size", "split", "path"))
+            if fraction is not None and any(others):
+                raise ValueError(
+                    f"{part}_fraction={fraction} excludes {part}_size, {part}_split and {part}_path: keep one"
+                )
         if self.labels is not None and not self.labels:
             raise ValueError("labels is empty: give each raw label its text, or leave labels out")
         if isinstance(self.choices, list) and len(set(self.choices)) < 2:
@@ -96,6 +110,7 @@ def with_defaults(spec: DataSpec) -> DataSpec:
     defaults = dict(package_data(spec.path).defaults)
     given = {field for field in spec.model_fields_set if getattr(spec, field) is not None}
     dropped: set[str] = set(EVAL_FIELDS) if given & EVAL_FIELDS else set()
+    dropped |= set(TEST_FIELDS) if given & TEST_FIELDS else set()
     if "messages" in given:
         dropped |= ANSWER_FIELDS
     if "response" in given:

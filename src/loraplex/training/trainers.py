@@ -18,6 +18,7 @@ from loraplex.evaluate import Evaluator
 from loraplex.files import put_in_place
 from loraplex.parallel import gathered_state_dict
 from loraplex.schedule import save_schedules
+from loraplex.training.callbacks import MetricsCallback
 from loraplex.training.checkpoints import SAVING, outdated, seal
 from loraplex.training.metrics import MetricsLog
 from loraplex.training.nonfinite import NonFiniteGuard
@@ -36,6 +37,7 @@ class _TaskEvaluation(_Base):
 
     evaluators: dict[str, Evaluator]
     metrics_log: MetricsLog
+    metrics: MetricsCallback
     guard: NonFiniteGuard
     _saving = False
     evaluated_at: int | None = None

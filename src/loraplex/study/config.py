@@ -1,0 +1,180 @@
+"""The configuration of a study: methods × tasks × learning rates × seeds, in one YAML file.
+
+Like a run's configuration it is read and refused without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from loraplex.training.config import ConfigError, TrainSection, explain, read_yaml, set_key
+from loraplex.training.spec import DataSpec, Kind
+
+Metric = Literal["accuracy", "accuracy_norm", "exact_match", "f1", "loss"]
+BASE = "base"
+"""The unadapted model's name in reports."""
+
+
+class MethodEntry(BaseModel):
+    """One method at its settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str = Field(
+        "", description="as in a run: one of ours, lora, or another of PEFT's; default: the entry's name"
+    )
+    adapter: dict[str, Any] = Field(default_factory=dict, description="fields of its config")
+    size: str | None = Field("r", description="the field that a budget solves for; null = leave the settings alone")
+    learning_rates: list[float] | None = Field(None, min_length=1, description="instead of the study's; as many")
+
+
+class TaskEntry(BaseModel):
+    """What one model is trained on: a data set, or a mixture of several."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: list[DataSpec] = Field(min_length=1, description="as in a run; every entry needs an eval and a test part")
+    train: dict[str, Any] = Field(default_factory=dict, description="overrides of the study's train section")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_alone(cls, value: Any) -> Any:
+        return {"data": value} if isinstance(value, list) else value
+
+
+class GeneralText(BaseModel):
+    """Held-out general text, whose perplexity before and after tells what was forgotten."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(min_length=1, description="file, folder, hub id or package:NAME")
+    split: str = Field("train", description="its split")
+    subset: str | None = Field(None, description="configuration or subset of it")
+    column: str = Field("text", description="the column of text")
+    size: int = Field(100, ge=1, description="how many texts, drawn at random")
+
+
+class StudyConfig(BaseModel):
+    """One study."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    title: str = Field("", description="heading of the report; default: the file's name")
+    model: str = Field(description="as in a run; likewise gguf_file, revision, trust_remote_code, dtype, task")
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    task: Kind = "sft"
+    tasks: dict[str, TaskEntry] = Field(min_length=1, description="each is trained on by itself")
+    methods: dict[str, MethodEntry] = Field(min_length=1, description="what is compared")
+    reference: str = Field("lora", description="the method that differences are taken to")
+    budget: str | None = Field(
+        None, description='trainable parameters of every method: "lora:r=8", "2M", "0.5%"; null = settings as given'
+    )
+    adapter: dict[str, Any] = Field(
+        default_factory=dict, description="fields that hold for every method whose config has them"
+    )
+    alpha_over_r: float | None = Field(None, gt=0, description="lora_alpha = this × r, also where r is solved for")
+    learning_rates: list[float] = Field(min_length=1, description="tried by every method; chosen by validation")
+    seeds: list[int] = Field(min_length=1, description="of adapters, dropout and the order of examples")
+    search_seeds: list[int] | None = Field(None, min_length=1, description="of the search; default: the first seed")
+    train: dict[str, Any] = Field(default_factory=dict, description="as in a run, without learning_rate and seed")
+    metric: Metric | None = Field(None, description="what decides; default: accuracy where answers can be right")
+    general_text: GeneralText | None = Field(None, description="text to measure forgetting on")
+    output_dir: str = Field(min_length=1, description="where cells and report go")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _bare_names(cls, methods: Any) -> Any:
+        if isinstance(methods, list):
+            methods = dict.fromkeys(methods)
+        if not isinstance(methods, dict):
+            return methods
+        entries = {str(name): {} if entry is None else entry for name, entry in methods.items()}
+        return {n: {"method": n, **e} if isinstance(e, dict) and not e.get("method") else e for n, e in entries.items()}
+
+    @field_validator("seeds", "search_seeds", "learning_rates")
+    @classmethod
+    def _all_different(cls, values: list[Any] | None) -> list[Any] | None:
+        if values is not None and len(set(values)) < len(values):
+            raise ValueError("each may stand here once")
+        return values
+
+    @model_validator(mode="after")
+    def _agrees(self) -> StudyConfig:
+        for kind, names in (("methods", self.methods), ("tasks", self.tasks)):
+            for name in names:
+                if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
+                    raise ValueError(f"{kind}: {name!r} can't be the name of a folder: choose another")
+        if BASE in self.methods:
+            raise ValueError(f"methods: {BASE!r} is the unadapted model's name: choose another")
+        if self.reference not in self.methods:
+            raise ValueError(f"reference is {self.reference!r}, but methods has only {', '.join(self.methods)}")
+        for name, entry in self.methods.items():
+            if entry.learning_rates is not None and len(entry.learning_rates) != len(self.learning_rates):
+                raise ValueError(
+                    f"methods.{name} has {len(entry.learning_rates)} learning rates, the study "
+                    f"{len(self.learning_rates)}: every method gets the same number of tries"
+                )
+        for place, train in [("train", self.train), *((f"tasks.{n}.train", t.train) for n, t in self.tasks.items())]:
+            for key, instead in (("learning_rate", "learning_rates"), ("seed", "seeds")):
+                if key in train:
+                    raise ValueError(f"{place}.{key} can't be set in a study: use {instead}")
+        if self.task == "classification" and self.general_text is not None:
+            raise ValueError("general_text needs a language model: leave it out with task: classification")
+        return self
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the model comes from, beside its name."""
+        names = ("gguf_file", "revision", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+    def rates(self, method: str) -> list[float]:
+        """The learning rates that a method tries, lowest first."""
+        return sorted(self.methods[method].learning_rates or self.learning_rates)
+
+    @property
+    def searched(self) -> list[int]:
+        """The seeds of the search."""
+        return self.search_seeds or self.seeds[:1]
+
+
+def load_study(path: str | Path, overrides: Iterable[tuple[str, Any]] = ()) -> StudyConfig:
+    """Read a study's YAML file and lay the overrides over it.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest name), or a value out of its range.
+    """
+    tree, overrides = read_yaml(Path(path)), list(overrides)
+    for key, value in overrides:
+        set_key(tree, key, value)
+    tree.setdefault("title", Path(path).stem)
+    try:
+        study = StudyConfig.model_validate(tree)
+        for name, task in study.tasks.items():
+            check = TrainSection.model_validate({**study.train, **task.train})
+            if check.extra.get("load_best_model_at_end"):
+                raise ConfigError(
+                    f"{path}: tasks.{name}: load_best_model_at_end would choose by validation a second time."
+                )
+        return study
+    except ValidationError as error:
+        sections: dict[str, type[BaseModel]] = {
+            "train": TrainSection, "data": DataSpec, "methods": MethodEntry, "tasks": TaskEntry,
+            "general_text": GeneralText,
+        }  # fmt: skip
+        given = {key for key, _ in overrides}
+        lines = [explain(entry, str(path), given, StudyConfig, sections) for entry in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def to_yaml(study: StudyConfig) -> str:
+    """The resolved configuration; `load_study` reads it back to an equal one."""
+    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)

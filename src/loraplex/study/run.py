@@ -1,0 +1,251 @@
+"""A study from its configuration to its report: search, choose, train, test; each cell in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from loraplex.study.cells import JOB_NAME, LOG_NAME, TEST_NAME, Cell, Folder, run_of, searched
+from loraplex.study.choice import Choice, choose
+from loraplex.study.config import StudyConfig, to_yaml
+from loraplex.study.sizes import Sized, solve
+from loraplex.training.arguments import training_arguments
+from loraplex.training.config import ConfigError, RunConfig
+from loraplex.training.lock import locked
+from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
+from loraplex.training.models import load_skeleton
+from loraplex.training.progress import note, progress
+from loraplex.training.run import VERSIONS_NAME, load_data, versions
+
+STUDY_NAME = "study.yaml"
+SIZES_NAME = "sizes.json"
+_POLL = 0.5  # seconds
+
+
+@dataclass
+class State:
+    """What a study has come to."""
+
+    study: StudyConfig
+    sizes: dict[str, dict[str, Sized]]
+    """Task → method → settings."""
+    choices: dict[tuple[str, str], Choice] = field(default_factory=dict)
+    """(task, method) → its learning rate; left out where every try failed, or the search is not done."""
+    stopped: bool = False
+    """Whether a signal ended it early."""
+
+    @property
+    def chosen(self) -> list[Cell]:
+        """The cells that the report is about: the base model of each task, and each method at its rate."""
+        study = self.study
+        bases = [Cell(task) for task in study.tasks] if study.task == "sft" else []
+        return bases + [
+            Cell(task, method, choice.rate, seed)
+            for (task, method), choice in self.choices.items()
+            for seed in study.seeds
+        ]
+
+    def folder(self, cell: Cell) -> Folder:
+        """Where a cell is."""
+        return Folder(self.study, cell)
+
+
+def prepare(study: StudyConfig) -> State:
+    """Read the data once, solve the settings and check every cell, before anything is written.
+
+    Raises:
+        ConfigError: something in the study is wrong, or differs from how its cells were begun.
+    """
+    sizes: dict[str, dict[str, Sized]] = {}
+    for task in study.tasks:
+        run = run_of(study, Cell(task), None)
+        labels = _check_data(run, task)
+        key = next((done for done in sizes if study.task == "sft"), None)
+        sizes[task] = (
+            sizes[key]
+            if key
+            else solve(study, load_skeleton(study.model, study.task, label_names=labels, **study.source))
+        )
+    state = State(study, sizes)
+    for task in study.tasks:
+        for method in study.methods:
+            for rate in study.rates(method):
+                for seed in dict.fromkeys([*study.searched, *study.seeds]):
+                    _check_cell(state, Cell(task, method, rate, seed))
+    return state
+
+
+def _check_data(run: RunConfig, task: str) -> list[str] | None:
+    """Names of a classifier's classes, once every data set is seen to have what a study needs."""
+    _, tasks = load_data(run)
+    for found in tasks:
+        for part in ("eval", "test"):
+            if getattr(found, part) is None:
+                what = "learning rates are chosen on it" if part == "eval" else "methods are compared on it"
+                raise ConfigError(
+                    f"tasks.{task}: data set {found.name!r} has no {part} part, and {what}: set {part}_size."
+                )
+    return list(tasks[0].label_names) or None
+
+
+def _check_cell(state: State, cell: Cell) -> None:
+    run = run_of(state.study, cell, state.sizes[cell.task][cell.method])
+    training_arguments(run)
+    begun = state.folder(cell).started_as()
+    if begun is None:
+        return
+    now = json.loads(json.dumps(run.model_dump(mode="json")))
+    changed = sorted(key for key in {*begun, *now} if key != "output_dir" and begun.get(key) != now.get(key))
+    if changed:
+        raise ConfigError(
+            f"{state.folder(cell).path} was begun with another {', '.join(changed)}: give the changed study another "
+            "output_dir, or delete the cells that it changes."
+        )
+
+
+def run_study(state: State, jobs: int | None = None) -> State:
+    """Run what is left to run; a finished cell is never run again, a failed one that may succeed is.
+
+    Args:
+        state: of `prepare`.
+        jobs: cells at a time; None: one per GPU, or one.
+    """
+    study, folder = state.study, Path(state.study.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder), _Runner(state, jobs).signals() as runner:
+        write_atomic(folder / STUDY_NAME, to_yaml(study))
+        write_atomic(folder / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
+        write_atomic(folder / SIZES_NAME, json.dumps(_plain(state.sizes), indent=2) + "\n")
+        runner.run(list(searched(study)), "search")
+        state.choices = choose_rates(state)
+        runner.run(state.chosen, "final", test=True)
+        state.stopped = runner.signal is not None
+    return state
+
+
+def choose_rates(state: State) -> dict[tuple[str, str], Choice]:
+    """Each method's learning rate for each task, where the search has come far enough."""
+    study, found = state.study, {}
+    for task in study.tasks:
+        for method in study.methods:
+            tries = {
+                rate: [state.folder(Cell(task, method, rate, seed)) for seed in study.searched]
+                for rate in study.rates(method)
+            }
+            if (choice := choose(tries, study.metric)) is not None:
+                found[task, method] = choice
+    return found
+
+
+def _plain(sizes: dict[str, dict[str, Sized]]) -> dict[str, Any]:
+    return {task: {method: asdict(sized) for method, sized in found.items()} for task, found in sizes.items()}
+
+
+class _Runner:
+    """Processes for cells, as many at a time as there is room for."""
+
+    def __init__(self, state: State, jobs: int | None) -> None:
+        self.state = state
+        gpus = torch.cuda.device_count()
+        self.slots = [str(i % gpus) if gpus else "" for i in range(jobs or gpus or 1)]
+        self.signal: int | None = None
+
+    @contextmanager
+    def signals(self) -> Iterator[_Runner]:
+        """Pass Ctrl-C and SIGTERM on to the cells, which then save a checkpoint and end."""
+        before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def run(self, cells: Sequence[Cell], phase: str, test: bool = False) -> None:
+        """Run the cells of these that are not done; their output goes to files beside them."""
+        waiting = [cell for cell in cells if not self._done(cell, test)]
+        running: dict[subprocess.Popen[bytes], tuple[Cell, str]] = {}
+        free, told = list(self.slots), False
+        bar = progress(phase, len(cells), "cell", leave=True, delay=0.0, initial=len(cells) - len(waiting))
+        with bar:
+            while running or (waiting and self.signal is None):
+                while free and waiting and self.signal is None:
+                    slot, cell = free.pop(0), waiting.pop(0)
+                    running[self._start(cell, slot, test)] = cell, slot
+                time.sleep(_POLL)
+                if self.signal is not None and not told:
+                    told = True
+                    note("\nstopping: running cells save a checkpoint (once more: stop at once)")
+                    for process in running:
+                        process.send_signal(signal.SIGTERM)
+                for process in [p for p in running if p.poll() is not None]:
+                    cell, slot = running.pop(process)
+                    free.append(slot)
+                    bar.update(self._done(cell, test))
+                    self._report(cell, process.returncode, bar)
+                bar.set_postfix_str("; ".join(self._position(cell) for cell, _ in running.values()), refresh=False)
+                bar.refresh() if sys.stderr.isatty() else None
+
+    def _done(self, cell: Cell, test: bool) -> bool:
+        folder = self.state.folder(cell)
+        if folder.failure is not None:
+            return bool(folder.failure["final"])
+        return (cell.is_base or folder.outcome is not None) and (not test or folder.test is not None)
+
+    def _start(self, cell: Cell, slot: str, test: bool) -> subprocess.Popen[bytes]:
+        study, folder = self.state.study, self.state.folder(cell)
+        sized = None if cell.is_base else self.state.sizes[cell.task][cell.method]
+        folder.path.mkdir(parents=True, exist_ok=True)
+        text = study.general_text
+        job = {
+            "run": run_of(study, cell, sized).model_dump(mode="json"),
+            "base": cell.is_base,
+            "test": test,
+            "general_text": None if text is None else text.model_dump(),
+        }
+        write_atomic(folder.path / JOB_NAME, json.dumps(job, indent=2) + "\n")
+        environment = dict(os.environ)
+        if slot:
+            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = devices[int(slot)] if devices != [""] else slot
+        elif len(self.slots) > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(self.slots))))
+        command = [sys.executable, "-m", "loraplex.study.worker", str(folder.path)]
+        with (folder.path / LOG_NAME).open("ab") as log:
+            # A session of its own: the terminal's Ctrl-C comes to us alone, and we pass it on once.
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def _report(self, cell: Cell, code: int, bar: tqdm[Any]) -> None:
+        folder = self.state.folder(cell)
+        if code == 0:
+            if not sys.stderr.isatty():
+                bar.write(f"done: {cell}", file=sys.stderr)
+        elif self.signal is None:
+            message = (folder.failure or {"message": f"ended with code {code}"})["message"]
+            bar.write(f"failed: {cell}: {message.splitlines()[0]} (see {folder.path / LOG_NAME})", file=sys.stderr)
+
+    def _position(self, cell: Cell) -> str:
+        folder = self.state.folder(cell)
+        rows = read_rows(folder.path / METRICS_NAME)
+        if cell.is_base or (rows and rows[-1]["event"] == "end"):
+            step = "test" if not (folder.path / TEST_NAME).is_file() else "done"
+        else:
+            step = f"step {rows[-1]['step']}" if rows else "starting"
+        return f"{cell.method} {cell.rate:g} seed {cell.seed} {step}" if not cell.is_base else f"base {step}"

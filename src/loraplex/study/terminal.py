@@ -1,0 +1,79 @@
+"""A study's plan and results as tables in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from loraplex.study.cells import Cell, searched
+from loraplex.study.config import StudyConfig
+from loraplex.study.report import Table as Cells
+from loraplex.study.report import cost_table, groups, score_table, verdicts
+from loraplex.study.results import ALL, TaskResult
+from loraplex.study.run import State
+from loraplex.training.report import make_console
+
+
+def print_plan(state: State) -> None:
+    """Methods with their settings, and how many cells there are; to stderr, as all that is not a result."""
+    study, console = state.study, Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+    for task, sizes in state.sizes.items():
+        head, rows = ["method", "settings", "trainable", "off budget"], []
+        for method, sized in sizes.items():
+            settings = ", ".join(f"{k} {v}" for k, v in sized.adapter.items())
+            rows.append(
+                [method, settings, f"{sized.parameters:,}", "" if sized.excess is None else f"{sized.excess:+,}"]
+            )
+        console.print(_table(f"{study.title}: {task}", (head, rows)))
+    search = list(searched(study))
+    final = len(study.tasks) * len(study.methods) * len(study.seeds)
+    again = sum(cell.seed in study.seeds for cell in search)
+    reused = again // len(study.learning_rates) if search else 0
+    console.print(
+        f"{len(search)} runs to choose learning rates, {final - reused} more to compare, in {study.output_dir}; "
+        f"{sum(_is_done(state, cell) for cell in _all(state))} are done."
+    )
+
+
+def _all(state: State) -> list[Cell]:
+    study = state.study
+    seeds = dict.fromkeys([*study.searched, *study.seeds])
+    return [
+        Cell(t, m, rate, seed) for t in study.tasks for m in study.methods for rate in study.rates(m) for seed in seeds
+    ]
+
+
+def _is_done(state: State, cell: Cell) -> bool:
+    return state.folder(cell).outcome is not None
+
+
+def print_results(study: StudyConfig, results: Sequence[TaskResult]) -> None:
+    """Scores, costs, and what is missing."""
+    console = make_console()
+    for result in results:
+        for data in groups(result):
+            title = f"{result.task}: {'mean of the data sets' if data == ALL else data}"
+            console.print(_table(title, score_table(result, data, study.reference)))
+        if result.costs:
+            console.print(_table(f"{result.task}: cost", cost_table(result)))
+        for said in verdicts(result, study.reference):
+            console.print(said)
+        for cell, message in result.failures:
+            console.print(f"failed: {cell}: {message.splitlines()[0]}")
+        if result.missing:
+            console.print(f"{len(result.missing)} cells have not run yet; the report names them.")
+
+
+def _table(title: str, cells: Cells) -> Table:
+    head, rows = cells
+    table = Table(title=title, title_justify="left")
+    for name in head:
+        table.add_column(
+            name, justify="left" if name in ("method", "settings", "verdict") else "right", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*row)
+    return table

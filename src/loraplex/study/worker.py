@@ -1,0 +1,126 @@
+"""One cell, in a process of its own: trains it if that is left to do, then tests it if it was asked to.
+
+    python -m loraplex.study.worker FOLDER
+
+FOLDER/job.json says what to do. A process of its own, so that a cell's peak memory is its own, and a crash too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loraplex.cli import quiet
+from loraplex.evaluate import log_likelihoods
+from loraplex.study.cells import FAILED_NAME, JOB_NAME, SCORES_NAME, TEST_NAME
+from loraplex.study.config import GeneralText
+from loraplex.training.adapted import labels_of, load_adapted
+from loraplex.training.checkpoints import checkpoints
+from loraplex.training.config import RunConfig, build_run
+from loraplex.training.encode import Answer
+from loraplex.training.examples import cell as cell_of
+from loraplex.training.memory import explain, is_out_of_memory
+from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
+from loraplex.training.nonfinite import NonFiniteError
+from loraplex.training.rows import read_rows as read_data
+from loraplex.training.run import load_base, load_data, make_evaluators, train
+
+
+def main(folder: Path) -> int:
+    """Do what the folder's job says; returns the exit code: 0, 1 where the cell failed, 128 + signal."""
+    job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+    run = build_run(job["run"], str(folder / JOB_NAME))
+    _end_with_parent()
+    quiet()
+    (folder / FAILED_NAME).unlink(missing_ok=True)
+    try:
+        if not job["base"] and not _trained(folder):
+            result = train(run, resume=bool(checkpoints(folder)))
+            if result.signal is not None:
+                return 128 + result.signal
+        for checkpoint in checkpoints(folder):
+            shutil.rmtree(checkpoint)  # the run is over, and its adapter saved
+        if job["test"] and not (folder / TEST_NAME).is_file():
+            _test(folder, run, job["base"], job["general_text"])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        _write_failure(folder, run, error)
+        return 1
+    return 0
+
+
+def _trained(folder: Path) -> bool:
+    rows = read_rows(folder / METRICS_NAME)
+    return bool(rows) and rows[-1]["event"] == "end"
+
+
+def _write_failure(folder: Path, run: RunConfig, error: Exception) -> None:
+    known = isinstance(error, (ValueError, OSError))
+    message = explain(run, error) if is_out_of_memory(error) else str(error) if known else repr(error)
+    # A run that diverged diverges again; anything else may be tried again.
+    failure = {"message": message, "final": isinstance(error, NonFiniteError)}
+    write_atomic(folder / FAILED_NAME, json.dumps(failure, indent=2, ensure_ascii=False) + "\n")
+    if not known:
+        raise error
+
+
+def _end_with_parent() -> None:
+    """Stop at a checkpoint when the study's process dies, as if it had asked."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _test(folder: Path, run: RunConfig, base: bool, general_text: dict[str, Any] | None) -> None:
+    """Score every test example, and write the scores first: test.json says that all is there."""
+    tokenizer, tasks = load_data(run)
+    model: Any = load_base(run, tasks) if base else load_adapted(folder, run, labels_of(folder, run))
+    if torch.cuda.is_available():
+        model.to("cuda")
+    found, tensors = {}, dict[str, Tensor]()
+    for name, evaluator in make_evaluators(run, tasks, tokenizer, "test").items():
+        scores = evaluator.scores(model, "test")
+        tensors |= {f"{name}/{key}": values.contiguous() for key, values in scores.items()}
+        found[name] = evaluator.summary(scores)
+    report: dict[str, Any] = {"tasks": found}
+    if general_text is not None:
+        spec = GeneralText.model_validate(general_text)
+        report["general_text"] = _loss_on_text(spec, model, tokenizer, run.train.max_length, evaluator.batch_size)
+    temporary = folder / f".{SCORES_NAME}.{os.getpid()}.tmp"
+    save_file(tensors, temporary)
+    os.replace(temporary, folder / SCORES_NAME)
+    write_atomic(folder / TEST_NAME, json.dumps(report, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _loss_on_text(spec: GeneralText, model: nn.Module, tokenizer: Any, max_length: int, batch_size: int) -> float:
+    """Mean −log p per token, in nats."""
+    rows = read_data(spec.path, spec.split, spec.subset)
+    chosen = random.Random(0).sample(range(len(rows)), min(spec.size, len(rows)))
+    texts = [str(cell_of(rows[i], spec.column, f"{spec.path}, row {i + 1}")) for i in chosen]
+    ids = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    answers = [[Answer(tokens, 1)] for tokens in ids if len(tokens) > 1]
+    found = log_likelihoods(model, answers, tokenizer.pad_token_id, batch_size, "general text")
+    return -sum(group[0] for group in found) / sum(answer.length for (answer,) in answers)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

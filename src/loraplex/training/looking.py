@@ -1,0 +1,44 @@
+"""A saved adapter's analysis, from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loraplex.analysis import Analysis, add_expert_use, analyse, analyse_lora
+from loraplex.training.adapted import adapter_json, labels_of, load_adapted, load_on_skeleton, run_of
+from loraplex.training.config import ConfigError
+from loraplex.training.exporting import batches_of
+from loraplex.training.run import load_data
+
+_EXAMPLES = 64
+
+
+def analyse_adapter(adapter: Path, with_data: bool) -> Analysis:
+    """Look into a saved adapter. Base weights are loaded only `with_data`.
+
+    Args:
+        adapter: folder of one of ours, or of a plain LoRA.
+        with_data: run up to 64 held-out examples of each of its run's tasks, to see which experts a router uses.
+
+    Raises:
+        ConfigError: `with_data` without a router, or without a run.yaml that says what data to use.
+    """
+    config = adapter_json(adapter)
+    routed = config.get("expert_mixing") == "router"
+    if with_data and not routed:
+        raise ConfigError(f"{adapter} has no router, whose gates depend on the data: leave --with-data out.")
+    if config["peft_type"] == "LORA":
+        return analyse_lora(str(adapter))
+    run = run_of(adapter, None, [], [], data_option="a run.yaml beside it" if with_data else None)
+    if not with_data:
+        return analyse(load_on_skeleton(adapter, run, labels_of(adapter, run)))
+    tokenizer, tasks = load_data(run)
+    model = load_adapted(adapter, run, labels_of(adapter, run))
+    analysis, batches = analyse(model), {}
+    for task in tasks:
+        rows = task.train if task.eval is None else task.eval
+        rows = rows.select(range(min(_EXAMPLES, len(rows))))
+        kept = [name for name in rows.column_names if name not in ("choices", "answer")]
+        batches[task.name] = list(batches_of(rows.select_columns(kept), run, tokenizer, model.device))
+    add_expert_use(analysis, model, batches)
+    return analysis
