@@ -21,6 +21,8 @@ from loraplex.cli import main
 from loraplex.study.config import load_study
 from loraplex.study.sizes import nearest_size
 
+TARGETS = {"target_modules": ["q_proj", "v_proj"]}
+
 
 def study(room: Path, folder: Path, **changes: Any) -> Path:
     """Two methods and LoRA, two rates, two seeds."""
@@ -29,7 +31,7 @@ def study(room: Path, folder: Path, **changes: Any) -> Path:
         "tasks": {"reviews": {"data": [entry(room, test_size=20)]}},
         "methods": ["lora", "masa", "dual_lora"],
         "budget": "lora:r=3",
-        "adapter": {"target_modules": ["q_proj", "v_proj"], "warmup_steps": 2},
+        "adapter": {**TARGETS, "warmup_steps": 2},
         "alpha_over_r": 2,
         "learning_rates": [1e-3, 1e-2],
         "seeds": [0, 1],
@@ -112,7 +114,14 @@ def test_a_study(room, tmp_path, capsys):
 
 def test_killed_and_continued(room, tmp_path):
     """kill -9 of the study while a cell trains: the cell stops by itself, and the next call goes on from there."""
-    path = study(room, tmp_path, methods=["lora"], learning_rates=[1e-3], train={"max_steps": 400, "save_steps": 1})
+    path = study(
+        room,
+        tmp_path,
+        methods=["lora"],
+        adapter=TARGETS,
+        learning_rates=[1e-3],
+        train={"max_steps": 400, "save_steps": 1},
+    )
     command = [sys.executable, "-m", "loraplex", "compare", str(path), "--seeds", "[0]"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     cell = tmp_path / "out/cells/reviews/lora/lr-0.001/seed-0"
@@ -131,7 +140,14 @@ def test_killed_and_continued(room, tmp_path):
 
 def test_a_signal_stops_at_a_checkpoint(room, tmp_path):
     """SIGTERM: the running cell saves, the command says how to go on."""
-    path = study(room, tmp_path, methods=["lora"], learning_rates=[1e-3], train={"max_steps": 4000, "save_steps": 4000})
+    path = study(
+        room,
+        tmp_path,
+        methods=["lora"],
+        adapter=TARGETS,
+        learning_rates=[1e-3],
+        train={"max_steps": 4000, "save_steps": 4000},
+    )
     command = [sys.executable, "-m", "loraplex", "compare", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     cell = tmp_path / "out/cells/reviews/lora/lr-0.001/seed-0"
@@ -154,7 +170,7 @@ def test_a_cell_that_fails_does_not_end_the_study(room, tmp_path, capsys):
     """A diverging rate is out; a method that can't be trained is named; the rest is compared."""
     path = study(
         room, tmp_path, methods={"lora": None, "rslora": {"method": "lora", "adapter": {"use_rslora": True}}},
-        learning_rates=[1e-3, 1e30], general_text=None, seeds=[0],
+        adapter=TARGETS, learning_rates=[1e-3, 1e30], general_text=None, seeds=[0],
     )  # fmt: skip
     assert main(["compare", str(path), "--jobs", "2"]) == 0
     printed = capsys.readouterr()
@@ -201,7 +217,7 @@ def test_a_classifier_and_another_of_pefts_methods(room, tmp_path):
         ({"budget": "lora:s=3"}, "adapter.s"),
         ({"learning_rate": 1e-3}, "did you mean 'learning_rates'"),
         ({"adapter": {"rank": 3}}, "adapter.rank: no method of the study has this field"),
-        ({"methods": ["lora"], "adapter": {"target_modules": ["nope"]}}, "methods.lora"),
+        ({"methods": ["lora"], "adapter": {"target_modules": ["nope"]}}, "budget lora:r=3: Target modules"),
     ],
 )
 def test_wrong_studies(room, tmp_path, capsys, changes, message):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from loraplex.study.cells import JOB_NAME, LOG_NAME, TEST_NAME, Cell, Folder, ru
 from loraplex.study.choice import Choice, choose
 from loraplex.study.config import StudyConfig, to_yaml
 from loraplex.study.sizes import Sized, solve
+from loraplex.study.worker import work
 from loraplex.training.arguments import training_arguments
 from loraplex.training.config import ConfigError, RunConfig
 from loraplex.training.lock import locked
@@ -32,7 +34,15 @@ from loraplex.training.run import VERSIONS_NAME, load_data, versions
 
 STUDY_NAME = "study.yaml"
 SIZES_NAME = "sizes.json"
-_POLL = 0.5  # seconds
+_POLL = 0.2  # seconds
+
+# A server that has imported everything and done nothing else forks a process per cell: importing takes longer than
+# training a small one. Where there is no fork, each imports for itself.
+_processes: Any = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+if _processes.get_start_method() == "forkserver":
+    _processes.set_forkserver_preload(["loraplex.study.worker"])
 
 
 @dataclass
@@ -161,6 +171,7 @@ class _Runner:
         self.state = state
         gpus = torch.cuda.device_count()
         self.slots = [str(i % gpus) if gpus else "" for i in range(jobs or gpus or 1)]
+        self.threads = max(1, torch.get_num_threads() // (1 if gpus else len(self.slots)))
         self.signal: int | None = None
 
     @contextmanager
@@ -181,7 +192,7 @@ class _Runner:
     def run(self, cells: Sequence[Cell], phase: str, test: bool = False) -> None:
         """Run the cells of these that are not done; their output goes to files beside them."""
         waiting = [cell for cell in cells if not self._done(cell, test)]
-        running: dict[subprocess.Popen[bytes], tuple[Cell, str]] = {}
+        running: dict[BaseProcess, tuple[Cell, str]] = {}
         free, told = list(self.slots), False
         bar = progress(phase, len(cells), "cell", leave=True, delay=0.0, initial=len(cells) - len(waiting))
         with bar:
@@ -194,12 +205,12 @@ class _Runner:
                     told = True
                     note("\nstopping: running cells save a checkpoint (once more: stop at once)")
                     for process in running:
-                        process.send_signal(signal.SIGTERM)
-                for process in [p for p in running if p.poll() is not None]:
+                        process.terminate()
+                for process in [p for p in running if p.exitcode is not None]:
                     cell, slot = running.pop(process)
                     free.append(slot)
                     bar.update(self._done(cell, test))
-                    self._report(cell, process.returncode, bar)
+                    self._report(cell, process.exitcode or 0, bar)
                 bar.set_postfix_str("; ".join(self._position(cell) for cell, _ in running.values()), refresh=False)
                 bar.refresh() if sys.stderr.isatty() else None
 
@@ -209,7 +220,7 @@ class _Runner:
             return bool(folder.failure["final"])
         return (cell.is_base or folder.outcome is not None) and (not test or folder.test is not None)
 
-    def _start(self, cell: Cell, slot: str, test: bool) -> subprocess.Popen[bytes]:
+    def _start(self, cell: Cell, slot: str, test: bool) -> BaseProcess:
         study, folder = self.state.study, self.state.folder(cell)
         sized = None if cell.is_base else self.state.sizes[cell.task][cell.method]
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -221,16 +232,13 @@ class _Runner:
             "general_text": None if text is None else text.model_dump(),
         }
         write_atomic(folder.path / JOB_NAME, json.dumps(job, indent=2) + "\n")
-        environment = dict(os.environ)
+        environment = {}
         if slot:
             devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = devices[int(slot)] if devices != [""] else slot
-        elif len(self.slots) > 1:
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // len(self.slots))))
-        command = [sys.executable, "-m", "loraplex.study.worker", str(folder.path)]
-        with (folder.path / LOG_NAME).open("ab") as log:
-            # A session of its own: the terminal's Ctrl-C comes to us alone, and we pass it on once.
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        process = _processes.Process(target=work, args=(folder.path, environment, self.threads))
+        process.start()
+        return process
 
     def _report(self, cell: Cell, code: int, bar: tqdm[Any]) -> None:
         folder = self.state.folder(cell)

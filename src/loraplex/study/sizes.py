@@ -47,7 +47,10 @@ def solve(study: StudyConfig, skeleton: nn.Module) -> dict[str, Sized]:
         method = study.budget.partition(":")[0]
         common = {k: v for k, v in study.adapter.items() if k in {f.name for f in fields(config_class(method))}}
         _, config = parse_match(study.budget, common, study.task, "budget")
-        target = count(skeleton, config)
+        try:
+            target = count(skeleton, config)
+        except ValueError as error:
+            raise ConfigError(f"budget {study.budget}: {error}") from None
     elif study.budget is not None:
         target = parse_parameters(study.budget, base, "budget")
     found = {}

@@ -1,20 +1,18 @@
 """One cell, in a process of its own: trains it if that is left to do, then tests it if it was asked to.
 
-    python -m loraplex.study.worker FOLDER
-
-FOLDER/job.json says what to do. A process of its own, so that a cell's peak memory is its own, and a crash too.
+job.json in its folder says what to do. A process of its own, so that a cell's peak memory is its own, and a crash too.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import Tensor, nn
 
 from loraplex.cli import quiet
 from loraplex.evaluate import log_likelihoods
-from loraplex.study.cells import FAILED_NAME, JOB_NAME, SCORES_NAME, TEST_NAME
+from loraplex.study.cells import FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
 from loraplex.study.config import GeneralText
 from loraplex.training.adapted import labels_of, load_adapted
 from loraplex.training.checkpoints import checkpoints
@@ -36,6 +34,18 @@ from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
 from loraplex.training.nonfinite import NonFiniteError
 from loraplex.training.rows import read_rows as read_data
 from loraplex.training.run import load_base, load_data, make_evaluators, train
+
+
+def work(folder: Path, environment: dict[str, str], threads: int) -> None:
+    """What a cell's process does: `main`, with its output in a file. Nothing of CUDA is alive before."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # the terminal's Ctrl-C goes to the study alone, which passes it on once
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    with (folder / LOG_NAME).open("ab") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    sys.exit(main(folder))
 
 
 def main(folder: Path) -> int:
@@ -79,12 +89,11 @@ def _write_failure(folder: Path, run: RunConfig, error: Exception) -> None:
 
 def _end_with_parent() -> None:
     """Stop at a checkpoint when the study's process dies, as if it had asked."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if (study := multiprocessing.parent_process()) is not None:
+            study.join()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -120,7 +129,3 @@ def _loss_on_text(spec: GeneralText, model: nn.Module, tokenizer: Any, max_lengt
     answers = [[Answer(tokens, 1)] for tokens in ids if len(tokens) > 1]
     found = log_likelihoods(model, answers, tokenizer.pad_token_id, batch_size, "general text")
     return -sum(group[0] for group in found) / sum(answer.length for (answer,) in answers)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
