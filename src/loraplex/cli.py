@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -433,7 +434,8 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
     print_results(study, write_report(state))
     print(f"report: {Path(study.output_dir) / HTML_NAME}")
     if state.stopped:
-        print(f"continue with: loraplex compare {args.study}", file=sys.stderr)
+        command = shlex.join(["loraplex", "compare", str(args.study), *overrides])
+        print(f"continue with: {command}", file=sys.stderr)
         return 130
     return 0
 

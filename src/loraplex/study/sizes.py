@@ -76,7 +76,8 @@ def _solve(
         r = sized.get("r", getattr(config_class(entry.method)(), "r", None))
         if study.alpha_over_r is None or "lora_alpha" not in known or "lora_alpha" in entry.adapter or r is None:
             return sized
-        return {**sized, "lora_alpha": study.alpha_over_r * r}
+        alpha = study.alpha_over_r * r
+        return {**sized, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
 
     def config(size: int | None = None) -> PeftConfig:
         return adapter_config(RunConfig.model_construct(method=entry.method, adapter=settings(size), task=study.task))
