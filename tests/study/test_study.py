@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,13 @@ def test_a_cell_that_fails_does_not_end_the_study(room, tmp_path, capsys):
     assert main(["compare", str(path), "--report"]) == 0
     assert main(["compare", str(path)]) == 0
     assert log.stat().st_mtime_ns == written  # it would diverge again
+    # With another configuration it is a new run.
+    assert main(["compare", str(path), "--train.weight_decay", "0.1"]) == 2
+    assert "begun with another train" in capsys.readouterr().err
+    for folder in (tmp_path / "out/cells/reviews").glob("*/lr-0.001"):
+        shutil.rmtree(folder)
+    assert main(["compare", str(path), "--train.weight_decay", "0.1"]) == 0
+    assert log.stat().st_mtime_ns != written
 
 
 def test_a_classifier_and_another_of_pefts_methods(room, tmp_path):

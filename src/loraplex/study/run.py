@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -68,9 +69,30 @@ class State:
             for seed in study.seeds
         ]
 
+    @property
+    def possible(self) -> list[Cell]:
+        """Every training run that the study may come to."""
+        study = self.study
+        return [
+            Cell(task, method, rate, seed)
+            for task in study.tasks
+            for method in study.methods
+            for rate in study.rates(method)
+            for seed in dict.fromkeys([*study.searched, *study.seeds])
+        ]
+
     def folder(self, cell: Cell) -> Folder:
         """Where a cell is."""
         return Folder(self.study, cell)
+
+    def run_of(self, cell: Cell) -> RunConfig:
+        """What a cell trains."""
+        return run_of(self.study, cell, None if cell.is_base else self.sizes[cell.task][cell.method])
+
+    def changed(self, cell: Cell) -> list[str]:
+        """The keys in which the cell's run differs from how its folder was begun."""
+        begun, now = self.folder(cell).started_as(), self.run_of(cell).model_dump(mode="json")
+        return [key for key in now if begun is not None and key != "output_dir" and begun.get(key) != now[key]]
 
 
 def prepare(study: StudyConfig) -> State:
@@ -90,11 +112,14 @@ def prepare(study: StudyConfig) -> State:
             else solve(study, load_skeleton(study.model, study.task, label_names=labels, **study.source))
         )
     state = State(study, sizes)
-    for task in study.tasks:
-        for method in study.methods:
-            for rate in study.rates(method):
-                for seed in dict.fromkeys([*study.searched, *study.seeds]):
-                    _check_cell(state, Cell(task, method, rate, seed))
+    for cell in state.possible:
+        training_arguments(state.run_of(cell))
+        changed = state.changed(cell)
+        if changed and state.folder(cell).failure is None:
+            raise ConfigError(
+                f"{state.folder(cell).path} was begun with another {', '.join(changed)}: give the changed study "
+                "another output_dir, or delete the cells that it changes."
+            )
     return state
 
 
@@ -111,21 +136,6 @@ def _check_data(run: RunConfig, task: str) -> list[str] | None:
     return list(tasks[0].label_names) or None
 
 
-def _check_cell(state: State, cell: Cell) -> None:
-    run = run_of(state.study, cell, state.sizes[cell.task][cell.method])
-    training_arguments(run)
-    begun = state.folder(cell).started_as()
-    if begun is None:
-        return
-    now = json.loads(json.dumps(run.model_dump(mode="json")))
-    changed = sorted(key for key in {*begun, *now} if key != "output_dir" and begun.get(key) != now.get(key))
-    if changed:
-        raise ConfigError(
-            f"{state.folder(cell).path} was begun with another {', '.join(changed)}: give the changed study another "
-            "output_dir, or delete the cells that it changes."
-        )
-
-
 def run_study(state: State, jobs: int | None = None) -> State:
     """Run what is left to run; a finished cell is never run again, a failed one that may succeed is.
 
@@ -139,6 +149,9 @@ def run_study(state: State, jobs: int | None = None) -> State:
         write_atomic(folder / STUDY_NAME, to_yaml(study))
         write_atomic(folder / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
         write_atomic(folder / SIZES_NAME, json.dumps(_plain(state.sizes), indent=2) + "\n")
+        for cell in state.possible:
+            if state.changed(cell):  # it failed, and its remedy was another configuration
+                shutil.rmtree(state.folder(cell).path)
         runner.run(list(searched(study)), "search")
         state.choices = choose_rates(state)
         runner.run(state.chosen, "final", test=True)
@@ -222,11 +235,10 @@ class _Runner:
 
     def _start(self, cell: Cell, slot: str, test: bool) -> BaseProcess:
         study, folder = self.state.study, self.state.folder(cell)
-        sized = None if cell.is_base else self.state.sizes[cell.task][cell.method]
         folder.path.mkdir(parents=True, exist_ok=True)
         text = study.general_text
         job = {
-            "run": run_of(study, cell, sized).model_dump(mode="json"),
+            "run": self.state.run_of(cell).model_dump(mode="json"),
             "base": cell.is_base,
             "test": test,
             "general_text": None if text is None else text.model_dump(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from loraplex.study.cells import Cell, searched
+from loraplex.study.cells import searched
 from loraplex.study.config import StudyConfig
 from loraplex.study.report import Table as Cells
 from loraplex.study.report import cost_table, groups, score_table, verdicts
@@ -34,20 +34,8 @@ def print_plan(state: State) -> None:
     reused = again // len(study.learning_rates) if search else 0
     console.print(
         f"{len(search)} runs to choose learning rates, {final - reused} more to compare, in {study.output_dir}; "
-        f"{sum(_is_done(state, cell) for cell in _all(state))} are done."
+        f"{sum(state.folder(cell).outcome is not None for cell in state.possible)} are done."
     )
-
-
-def _all(state: State) -> list[Cell]:
-    study = state.study
-    seeds = dict.fromkeys([*study.searched, *study.seeds])
-    return [
-        Cell(t, m, rate, seed) for t in study.tasks for m in study.methods for rate in study.rates(m) for seed in seeds
-    ]
-
-
-def _is_done(state: State, cell: Cell) -> bool:
-    return state.folder(cell).outcome is not None
 
 
 def print_results(study: StudyConfig, results: Sequence[TaskResult]) -> None:
