@@ -145,7 +145,7 @@ def verdicts(result: TaskResult, reference: str) -> list[str]:
     if undecided:
         said.append(f"Not told apart from {reference}: {', '.join(undecided)}.")
     if len(lines) > 1:
-        said.append(f"Each interval is for one comparison; with {len(lines)}, one in twenty misses by chance.")
+        said.append(f"Each interval is for one comparison, and one in twenty misses by chance; here are {len(lines)}.")
     edges = [f"{m} ({c.at_edge})" for m, c in result.choices.items() if c.at_edge]
     if edges:
         said.append(f"The best learning rate was at the edge of those tried: {', '.join(edges)}. Try further ones.")
