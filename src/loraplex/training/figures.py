@@ -138,7 +138,7 @@ def _merges(analysis: Analysis) -> Figure | None:
                 panel.annotate("", (merge.step, merge.reads), (merge.step, layer), arrowprops=arrow)
         panel.set(xlabel="step", ylabel="layer", xlim=(0, end), ylim=(-0.7, layers - 0.3))
         panel.set_title(short(family), fontsize="medium")
-    figure.suptitle("ASLoRA: which B's were merged when (→ the layer whose B is read from then on)")
+    figure.suptitle("ASLoRA: merges of B, → whose is read")
     return figure
 
 
