@@ -124,8 +124,8 @@ def test_broken_adapters(tmp_path, capsys):
     assert "not a whole safetensors file" in error_of(capsys, "inspect", str(tmp_path))
     (tmp_path / "adapter_model.safetensors").unlink()
     assert "give --data or --run" in error_of(capsys, "eval", str(tmp_path))
-    config.write_text(json.dumps({"peft_type": "VERA", "base_model_name_or_path": "x"}))
-    assert "is a VERA adapter" in error_of(capsys, "eval", str(tmp_path), "--data", "x.jsonl")
+    config.write_text(json.dumps({"peft_type": "VERAX", "base_model_name_or_path": "x"}))
+    assert "method is 'verax': did you mean 'vera'?" in error_of(capsys, "eval", str(tmp_path), "--data", "x.jsonl")
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from loraplex.config import check_adapter_files
 from loraplex.evaluate import Evaluator, Metrics
-from loraplex.training.arguments import method_of
+from loraplex.training.arguments import config_class, method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
 from loraplex.training.models import load_model, load_skeleton
@@ -63,6 +63,7 @@ def _beside(adapter: Path, name: str) -> Path:
 def _tree_from_adapter(adapter: Path) -> dict[str, Any]:
     config = adapter_json(adapter)
     method = method_of(config["peft_type"])
+    config_class(method)
     task = "classification" if config.get("task_type") == "SEQ_CLS" else "sft"
     return {"model": config["base_model_name_or_path"], "method": method, "task": task, "output_dir": str(adapter)}
 
