@@ -23,7 +23,7 @@ Every key of RUN.yaml can be overridden: --key value or --key=value, dotted for 
   --gguf_file F             GGUF file in the model's folder or repository
   --dtype T                 float32, bfloat16 or auto
   --task T                  sft (causal language model) or classification
-  --method M                masa, aslora, dual_lora, multilora or lora
+  --method M                masa, aslora, dual_lora, multilora, lora, or another of PEFT's: loha, adalora, …
   --adapter.FIELD V         a field of the method's config: r, lora_alpha, target_modules, …
   --data.N.FIELD V          a field of data set N (from 0): path, weight, prompt, response, eval_size, …
   --train.FIELD V           learning_rate, max_steps, per_device_train_batch_size, eval_steps, seed, …,
@@ -452,7 +452,10 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.plots is None:
         if args.with_data:
             raise ValueError("--with-data is for plots: give --plots DIR.")
-        _print_json(description.to_dict()) if args.json else print_description(description, args.adapter)
+        if args.json:
+            _print_json(description.to_dict())
+        else:
+            print_description(description, args.adapter)
         return 0
     quiet()
     from loraplex.training.figures import draw

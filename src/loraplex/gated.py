@@ -68,13 +68,12 @@ def sign_(x: Tensor) -> Tensor:
     return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x.sub_(torch.finfo(x.dtype).tiny), out=x)
 
 
-@torch.no_grad()
 def rows_of(factors: Factors, scale: Tensor) -> Callable[[slice], Tensor]:
     """Rows of ΔW, `(rows, in)` in float32 at least, without a gradient."""
-    A, B, C, D = map(wide, factors)
+    A, B, C, D = (wide(factor.detach()) for factor in factors)
 
     def rows_of_delta(rows: slice) -> Tensor:
-        with torch.no_grad(), torch.autocast(A.device.type, enabled=False):
+        with torch.autocast(A.device.type, enabled=False):
             M, S = _parts(A, B, C, D, scale, rows)
             return M.mul_(S)
 

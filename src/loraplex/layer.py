@@ -335,8 +335,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _add_to(self, view: Tensor, adapters: list[Factors]) -> tuple[float, float]:
         """W ← W + Σ ΔW; returns ‖what rounding took‖² and ‖Σ ΔW‖²."""
         forms = [factors.lora_form() for factors in adapters]
-        rounds = view.dtype.itemsize < 4
-        if not rounds and self.quantization_backend is None and all(form is not None for form in forms):
+        exact = view.dtype.itemsize >= 4 and self.quantization_backend is None
+        if exact and all(form is not None for form in forms):
             for A, B in filter(None, forms):
                 view.addmm_(B.to(view), A.to(view))
             return 0.0, 0.0
@@ -345,7 +345,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         for rows in base_weight.tiles(view):
             # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
             delta: Tensor = sum(update(rows).to(view.device) for update in of_rows)  # type: ignore[assignment]
-            if not rounds and self.quantization_backend is None:
+            if exact:
                 view[rows] += delta
                 continue
             merged = delta + view[rows]

@@ -105,12 +105,10 @@ def prepare(study: StudyConfig) -> State:
     for task in study.tasks:
         run = run_of(study, Cell(task), None)
         labels = _check_data(run, task)
-        key = next((done for done in sizes if study.task == "sft"), None)
-        sizes[task] = (
-            sizes[key]
-            if key
-            else solve(study, load_skeleton(study.model, study.task, label_names=labels, **study.source))
-        )
+        if labels is None and sizes:  # the same model for every task; a classifier's head follows the task
+            sizes[task] = next(iter(sizes.values()))
+        else:
+            sizes[task] = solve(study, load_skeleton(study.model, study.task, label_names=labels, **study.source))
     state = State(study, sizes)
     for cell in state.possible:
         training_arguments(state.run_of(cell))
@@ -206,7 +204,7 @@ class _Runner:
         """Run the cells of these that are not done; their output goes to files beside them."""
         waiting = [cell for cell in cells if not self._done(cell, test)]
         running: dict[BaseProcess, tuple[Cell, str]] = {}
-        free, told = list(self.slots), False
+        free, told, shown = list(self.slots), False, 0.0
         bar = progress(phase, len(cells), "cell", leave=True, delay=0.0, initial=len(cells) - len(waiting))
         with bar:
             while running or (waiting and self.signal is None):
@@ -224,8 +222,9 @@ class _Runner:
                     free.append(slot)
                     bar.update(self._done(cell, test))
                     self._report(cell, process.exitcode or 0, bar)
-                bar.set_postfix_str("; ".join(self._position(cell) for cell, _ in running.values()), refresh=False)
-                bar.refresh() if sys.stderr.isatty() else None
+                if sys.stderr.isatty() and time.monotonic() > shown + 1:
+                    shown = time.monotonic()
+                    bar.set_postfix_str("; ".join(self._position(cell) for cell, _ in running.values()))
 
     def _done(self, cell: Cell, test: bool) -> bool:
         folder = self.state.folder(cell)

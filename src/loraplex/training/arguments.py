@@ -66,8 +66,8 @@ def config_class(method: str) -> Any:
     others = {method_of(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if method not in others:
         near = nearest(method, [*_CONFIGS, *others])
-        hint = f"did you mean {near!r}?" if near else "choose one of"
-        raise ConfigError(f"method is {method!r}: {hint} Ours: {', '.join(_CONFIGS)}; PEFT's: {', '.join(others)}.")
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ConfigError(f"method is {method!r}: {hint}Known: {', '.join([*_CONFIGS, *others])}.")
     return others[method]
 
 
