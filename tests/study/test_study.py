@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -53,8 +54,10 @@ def test_a_study(room, tmp_path, capsys):
     assert "6 runs to choose learning rates, 3 more to compare" in printed.err
     assert "report.html" in printed.out
     results = json.loads((out / "results.json").read_text())["tasks"][0]
-    lines = {line["method"]: line for line in results["lines"]}
+    lines = {line["method"]: line for line in results["lines"] if line["metric"] == "accuracy"}
     assert lines.keys() == {"base", "lora", "masa", "dual_lora"}
+    losses = {line["method"]: line for line in results["lines"] if line["metric"] == "loss"}
+    assert losses.keys() == lines.keys()  # beside the metric that decides
     assert all(len(lines[method]["values"]) == 2 for method in ("lora", "masa", "dual_lora"))
     assert results["metric"] == "accuracy"
 
@@ -85,6 +88,20 @@ def test_a_study(room, tmp_path, capsys):
     tested = json.loads((cell / "test.json").read_text())["tasks"]["reviews"]
     assert again == pytest.approx(tested)
     assert tested["accuracy"] == lines["masa"]["values"][1]
+    assert tested["loss"] == pytest.approx(losses["masa"]["values"][1])
+
+    # What the updates look like agrees with `inspect --plots`, which reads the same adapter.
+    assert main(["inspect", str(cell), "--plots", str(tmp_path / "plots"), "--with-data", "--json"]) == 0
+    seen = json.loads(capsys.readouterr().out)["analysis"]
+    (_, masa) = results["insides"]["masa"]
+    assert masa["effective_rank"] == pytest.approx(fmean(s["effective_rank"] for s in seen["spectra"]))
+    assert masa["first"] == pytest.approx(fmean(s["share_of_first"] for s in seen["spectra"]))
+    assert masa["cumulative"][-1] == pytest.approx(1)
+    gates = seen["use"]["reviews"]
+    assert masa["concentration"] == {"reviews": pytest.approx(fmean(map(max, gates.values())))}
+    assert masa["closed"] is None
+    assert all(0 < dual["closed"] < 1 for dual in results["insides"]["dual_lora"])
+    assert all(1 <= lora["effective_rank"] <= 3 for lora in results["insides"]["lora"])
 
     # LoRA of r=3 is its own budget; the others come as near as their rank allows.
     costs = results["costs"]
@@ -96,10 +113,11 @@ def test_a_study(room, tmp_path, capsys):
     assert results["settings"]["masa"]["lora_alpha"] == 2 * results["settings"]["masa"]["r"]
 
     html = (out / "report.html").read_text()
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5
     assert not re.search(r'(src|href)="(?!#)|<script|@import|url\((?!#)', html)  # nothing from outside the page
     report = (out / "report.md").read_text()
     assert "| base model | " in report
+    assert "### What the updates look like" in report
     with (out / "results.csv").open() as file:
         assert {row["method"] for row in csv.DictReader(file)} == lines.keys()
 
@@ -208,6 +226,8 @@ def test_a_classifier_and_another_of_pefts_methods(room, tmp_path):
         ({"methods": {"base": {"method": "lora"}, "lora": None}}, "'base' is the unadapted model's name"),
         ({"methods": {"lora": {"learning_rates": [1e-3]}}}, "has 1 learning rates, the study 2"),
         ({"methods": ["lora", "qlora"]}, "method is 'qlora'"),
+        ({"methods": {"lora": None, "x": {"method": "no.such:Config"}}}, "but no.such can't be imported"),
+        ({"methods": {"lora": None, "x": {"method": "peft:Nope"}}}, "peft has no PeftConfig of the name 'Nope'"),
         ({"seeds": [0, 0]}, "each may stand here once"),
         ({"train": {"seed": 3}}, "train.seed can't be set in a study: use seeds"),
         ({"train": {"max_stepz": 3}}, "max_stepz"),

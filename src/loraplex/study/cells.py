@@ -17,6 +17,7 @@ from loraplex.training.metrics import METRICS_NAME, read_rows
 JOB_NAME = "job.json"
 TEST_NAME = "test.json"
 SCORES_NAME = "test.safetensors"
+ANALYSIS_NAME = "analysis.json"
 FAILED_NAME = "failed.json"
 LOG_NAME = "output.log"
 
@@ -115,6 +116,16 @@ class Folder:
     def test(self) -> dict[str, Any] | None:
         """Metrics on the test parts and on general text; None until they were measured."""
         return self._json(TEST_NAME)
+
+    @property
+    def analysis(self) -> dict[str, Any] | None:
+        """What `loraplex.analysis` says of the adapter; None until it was looked into."""
+        return self._json(ANALYSIS_NAME)
+
+    @property
+    def analysed(self) -> bool:
+        """Whether `analysis` is there; cheaper than reading it."""
+        return (self.path / ANALYSIS_NAME).is_file()
 
     @property
     def failure(self) -> dict[str, Any] | None:

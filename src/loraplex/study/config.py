@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,6 +16,7 @@ from loraplex.training.config import ConfigError, TrainSection, explain, read_ya
 from loraplex.training.spec import DataSpec, Kind
 
 Metric = Literal["accuracy", "accuracy_norm", "exact_match", "f1", "loss"]
+METRICS: tuple[str, ...] = get_args(Metric)
 BASE = "base"
 """The unadapted model's name in reports."""
 

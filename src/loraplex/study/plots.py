@@ -34,10 +34,7 @@ def style(number: int) -> dict[str, Any]:
 def differences(result: TaskResult, reference: str) -> str | None:
     """Each method's difference to the reference with its interval, one panel per data set."""
     groups = [ALL, *result.data] if len(result.data) > 1 else result.data
-    lines = {
-        data: [line for line in result.lines if (line.data, line.difference is None) == (data, False)]
-        for data in groups
-    }
+    lines = {data: [line for line in result.of(data) if line.difference is not None] for data in groups}
     groups = [data for data in groups if lines[data]]
     if not groups:
         return None
@@ -102,6 +99,25 @@ def loss_curves(result: TaskResult) -> str | None:
     axes.set(xlabel="step", ylabel="training loss (nats)")
     _finish(axes)
     return _svg(figure, "Training loss by step")
+
+
+def cumulative_spectra(result: TaskResult) -> str | None:
+    """How few directions the updates live in: the earlier a curve rises, the fewer."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for number, method in enumerate(result.settings):
+        curves = [inside.cumulative for inside in result.insides.get(method, []) if inside.cumulative]
+        if curves:
+            length = min(map(len, curves))
+            means = [fmean(curve[k] for curve in curves) for k in range(length)]
+            axes.plot(range(1, length + 1), means, label=method, markerfacecolor="white", **style(number))
+    if not axes.get_legend_handles_labels()[0]:
+        return None
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="first k singular values", ylabel="share of Σ σ", ylim=(0, 1.02))
+    _finish(axes)
+    return _svg(figure, "Cumulative share of singular values")
 
 
 def rates(result: TaskResult) -> str | None:

@@ -14,8 +14,10 @@ from typing import Any
 from loraplex.study import plots
 from loraplex.study.choice import LOWER_IS_BETTER
 from loraplex.study.config import BASE, StudyConfig, to_yaml
+from loraplex.study.inside import TOP
 from loraplex.study.results import ALL, Line, TaskResult, collect
 from loraplex.study.run import State
+from loraplex.study.statistics import spread
 from loraplex.training.metrics import write_atomic
 from loraplex.training.report import size_text
 from loraplex.training.run import versions
@@ -52,11 +54,11 @@ def _unit(metric: str) -> str:
     return f"{metric}, nats" if metric in LOWER_IS_BETTER else f"{metric}, %"
 
 
-def score_table(result: TaskResult, data: str, reference: str) -> Table:
+def score_table(result: TaskResult, data: str, reference: str, metric: str | None = None) -> Table:
     """Mean ± standard deviation, difference with its interval, wins and verdict on one data set."""
-    head = ["method", _unit(result.metric), f"− {reference}", "95 % interval", "wins", "verdict"]
+    head = ["method", _unit(metric or result.metric), f"− {reference}", "95 % interval", "wins", "verdict"]
     rows = []
-    for line in (line for line in result.lines if line.data == data):
+    for line in result.of(data, metric):
         mean = _number(line.metric, line.mean)
         if line.deviation is not None:
             mean += f" ± {_number(line.metric, line.deviation)}"
@@ -103,6 +105,43 @@ def cost_table(result: TaskResult) -> Table:
     return head, rows
 
 
+def inside_table(result: TaskResult) -> Table | None:
+    """What the updates look like, mean ± standard deviation over seeds; None where nothing is known."""
+    columns: dict[str, tuple[str, str]] = {
+        "effective_rank": ("effective rank", "{:.1f}"),
+        "first": ("share of σ₁, %", "%"),
+        "top": (f"of the first {TOP}, %", "%"),
+        "norm": ("‖ΔW‖", "{:.3g}"),
+        "closed": ("closed gates, %", "%"),
+        "negative": ("negative signs, %", "%"),
+        "similarity": ("similarity of experts", "{:.2f}"),
+        "separation": ("separation of data sets", "{:.3f}"),
+    }
+    insides = result.insides
+    known = [name for name in columns if any(getattr(i, name) is not None for seeds in insides.values() for i in seeds)]
+    data = list(dict.fromkeys(name for seeds in insides.values() for i in seeds for name in i.concentration))
+    if not known:
+        return None
+    head = ["method", *(columns[name][0] for name in known), *(f"largest gate, {name}" for name in data)]
+    rows = []
+    for method, seeds in insides.items():
+        cells = [_spread([getattr(i, name) for i in seeds], columns[name][1]) for name in known]
+        cells += [_spread([i.concentration.get(name) for i in seeds], "{:.2f}") for name in data]
+        if any(cells):
+            rows.append([method, *cells])
+    return head, rows
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    if form == "%":
+        known, form = [100 * value for value in known], "{:.1f}"
+    mean, deviation = spread(known)
+    return form.format(mean) + ("" if deviation is None else f" ± {form.format(deviation)}")
+
+
 def _given(value: Any, text: Callable[[Any], str]) -> str:
     return "" if value is None else text(value)
 
@@ -130,12 +169,16 @@ def _heading(result: TaskResult, data: str) -> str:
     return "Mean of the data sets" if data == ALL else data
 
 
+def _beside(result: TaskResult, metric: str) -> str:
+    return f"Beside it: {metric}{', mean of the data sets' if len(result.data) > 1 else ''}"
+
+
 def verdicts(result: TaskResult, reference: str) -> list[str]:
     """What can be said, and what can't."""
     if not result.data:
         return []
     data = groups(result)[0]
-    lines = [line for line in result.lines if line.data == data and line.difference is not None]
+    lines = [line for line in result.of(data) if line.difference is not None]
     said = []
     for verdict in ("better", "worse"):
         names = [line.method for line in lines if line.verdict == verdict]
@@ -168,7 +211,12 @@ def markdown(study: StudyConfig, results: Sequence[TaskResult]) -> str:
         parts += [f"- {said}" for said in verdicts(result, study.reference)]
         for data in groups(result):
             parts += [f"### {_heading(result, data)}", _markdown(score_table(result, data, study.reference))]
+        for metric in result.others:
+            data = groups(result)[0]
+            parts += [f"### {_beside(result, metric)}", _markdown(score_table(result, data, study.reference, metric))]
         parts += ["### Cost", _markdown(cost_table(result))]
+        if (inside := inside_table(result)) is not None:
+            parts += ["### What the updates look like", _markdown(inside)]
         parts += [f"- failed: {cell}: {message.splitlines()[0]}" for cell, message in result.failures]
         parts += [f"- not run yet: {cell}" for cell in result.missing]
     text = "\n\n".join(part for part in parts if part)
@@ -233,7 +281,12 @@ def page(study: StudyConfig, results: Sequence[TaskResult], made: dict[str, Any]
         )
         for data in groups(result):
             parts += [f"<h3>{escape(_heading(result, data))}</h3>", _table(score_table(result, data, study.reference))]
+        for metric in result.others:
+            table = score_table(result, groups(result)[0], study.reference, metric)
+            parts += [f"<h3>{escape(_beside(result, metric))}</h3>", _table(table)]
         parts += ["<h3>Cost</h3>", _table(cost_table(result))]
+        if (inside := inside_table(result)) is not None:
+            parts += ["<h3>What the updates look like</h3>", _table(inside)]
         figures = {
             f"Difference to {study.reference}: the interval is filled where it leaves zero out.": plots.differences(
                 result, study.reference
@@ -242,6 +295,9 @@ def page(study: StudyConfig, results: Sequence[TaskResult], made: dict[str, Any]
                 plots.quality_against_size(result)
             ),
             "Training loss at the chosen learning rate, mean over seeds, smoothed.": plots.loss_curves(result),
+            "Share of the first k singular values in the sum of all, mean over modules and seeds.": (
+                plots.cumulative_spectra(result)
+            ),
             "Learning rates that were tried, on the eval parts.": plots.rates(result),
         }
         for caption, svg in figures.items():
@@ -272,6 +328,8 @@ _EXPLAINED = (
     "of the difference between the S seeds, v the variance of a paired bootstrap over test examples, t a Student "
     "quantile with Satterthwaite's degrees of freedom. “Wins” counts seeds. A verdict is given only where the "
     "interval leaves zero out.",
+    "What the updates look like: means over the adapted modules. Effective rank is exp(−Σ p log p) with p = σ / Σ σ. "
+    "Similarity of experts is linear CKA; separation of data sets is half of Σ |g − g'| between their mean gates.",
     "Peak memory is that of the process on a CPU and of the accelerator elsewhere; s/step is the median of a training "
     "step without evaluation and saving.",
 )

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from loraplex.evaluate import Scores
 from loraplex.study.cells import SCORES_NAME, Cell
 from loraplex.study.choice import LOWER_IS_BETTER, Choice, deciding_metric
-from loraplex.study.config import BASE
+from loraplex.study.config import BASE, METRICS
+from loraplex.study.inside import Inside, look_inside
 from loraplex.study.run import State
 from loraplex.study.statistics import Difference, compare, spread, value
 
@@ -71,14 +72,22 @@ class TaskResult:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, list[list[tuple[int, float]]]] = field(default_factory=dict)
     """Method → (step, training loss) of each seed."""
+    insides: dict[str, list[Inside]] = field(default_factory=dict)
+    """Method → what each seed's updates look like."""
+    others: list[str] = field(default_factory=list)
+    """Further metrics that `lines` has."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """(cell, message)."""
     missing: list[str] = field(default_factory=list)
     """Cells that have not run yet."""
 
     def line(self, method: str, data: str) -> Line | None:
-        """The line of a method on a data set, or on `ALL`."""
-        return next((line for line in self.lines if (line.method, line.data) == (method, data)), None)
+        """The line of a method on a data set, or on `ALL`, in the deciding metric."""
+        return next((line for line in self.of(data) if line.method == method), None)
+
+    def of(self, data: str, metric: str | None = None) -> list[Line]:
+        """The lines of all methods on a data set, in the deciding metric or another."""
+        return [line for line in self.lines if (line.data, line.metric) == (data, metric or self.metric)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -120,10 +129,16 @@ def _collect(state: State, task: str) -> TaskResult:
         scores.setdefault(cell.method, {})[cell.seed] = _by_data(load_file(folder.path / SCORES_NAME))
         if not cell.is_base:
             result.curves.setdefault(cell.method, []).append(folder.losses())
+            if folder.analysis is not None:
+                result.insides.setdefault(cell.method, []).append(look_inside(folder.analysis))
     result.metric, result.data = deciding_metric(evaluated, study.metric), list(evaluated)
+    known = [name for name in METRICS if evaluated and all(name in row for row in evaluated.values())]
+    result.others = [name for name in known if name != result.metric]
     for method in (BASE, *study.methods):
         if method in scores:
-            result.lines += _lines(result, method, scores[method], scores.get(study.reference, {}), study.reference)
+            for metric in (result.metric, *result.others):
+                theirs = scores.get(study.reference, {})
+                result.lines += _lines(metric, result.data, method, scores[method], theirs, study.reference)
             result.costs[method] = _cost(state, task, method, list(scores[method]))
     return result
 
@@ -137,23 +152,24 @@ def _by_data(tensors: Scores) -> dict[str, Scores]:
 
 
 def _lines(
-    result: TaskResult,
+    metric: str,
+    all_data: list[str],
     method: str,
     ours: dict[int, dict[str, Scores]],
     theirs: dict[int, dict[str, Scores]],
     reference: str,
 ) -> list[Line]:
     seeds, both = sorted(ours), sorted({*ours} & {*theirs})
-    lower = result.metric in LOWER_IS_BETTER
-    groups = {name: [name] for name in result.data} | ({ALL: result.data} if len(result.data) > 1 else {})
+    lower = metric in LOWER_IS_BETTER
+    groups = {name: [name] for name in all_data} | ({ALL: all_data} if len(all_data) > 1 else {})
     lines = []
     for data, names in groups.items():
-        values = [fmean(value(result.metric, ours[seed][name]) for name in names) for seed in seeds]
+        values = [fmean(value(metric, ours[seed][name]) for name in names) for seed in seeds]
         difference = None
         if method not in (BASE, reference) and both:
             mine, other = ({name: [side[seed][name] for seed in both] for name in names} for side in (ours, theirs))
-            difference = compare(result.metric, mine, other, lower)
-        lines.append(Line(method, data, result.metric, seeds, values, *spread(values), difference))
+            difference = compare(metric, mine, other, lower)
+        lines.append(Line(method, data, metric, seeds, values, *spread(values), difference))
     return lines
 
 

@@ -230,7 +230,9 @@ class _Runner:
         folder = self.state.folder(cell)
         if folder.failure is not None:
             return bool(folder.failure["final"])
-        return (cell.is_base or folder.outcome is not None) and (not test or folder.test is not None)
+        if test and (folder.test is None or not (cell.is_base or folder.analysed)):
+            return False
+        return cell.is_base or folder.outcome is not None
 
     def _start(self, cell: Cell, slot: str, test: bool) -> BaseProcess:
         study, folder = self.state.study, self.state.folder(cell)

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 
 from loraplex.budget import count, match
-from loraplex.config import AdapterConfig
 from loraplex.study.config import MethodEntry, StudyConfig
 from loraplex.training.arguments import adapter_config, config_class
 from loraplex.training.budgeting import parse_match, parse_parameters
-from loraplex.training.config import ConfigError, RunConfig
+from loraplex.training.config import METHODS, ConfigError, RunConfig
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _solve(
     first = getattr(config(), entry.size)
     if not isinstance(first, int) or isinstance(first, bool) or first < 1:
         raise ValueError(f"{entry.size} is {first!r}, not a number to start from: give it under adapter")
-    if entry.size == "r" and isinstance(config(), (AdapterConfig, LoraConfig)):
+    if entry.size == "r" and entry.method in METHODS:
         size = match(skeleton, config(), target).settings["r"]
     else:
         size = nearest_size(lambda value: count(skeleton, config(value)), target, first)

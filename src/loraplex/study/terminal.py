@@ -11,7 +11,7 @@ from rich.table import Table
 from loraplex.study.cells import searched
 from loraplex.study.config import StudyConfig
 from loraplex.study.report import Table as Cells
-from loraplex.study.report import cost_table, groups, score_table, verdicts
+from loraplex.study.report import cost_table, groups, inside_table, score_table, verdicts
 from loraplex.study.results import ALL, TaskResult
 from loraplex.study.run import State
 from loraplex.training.report import make_console
@@ -45,8 +45,13 @@ def print_results(study: StudyConfig, results: Sequence[TaskResult]) -> None:
         for data in groups(result):
             title = f"{result.task}: {'mean of the data sets' if data == ALL else data}"
             console.print(_table(title, score_table(result, data, study.reference)))
+        for metric in result.others:
+            title = f"{result.task}: beside it, {metric}"
+            console.print(_table(title, score_table(result, groups(result)[0], study.reference, metric)))
         if result.costs:
             console.print(_table(f"{result.task}: cost", cost_table(result)))
+        if (inside := inside_table(result)) is not None:
+            console.print(_table(f"{result.task}: what the updates look like", inside))
         for said in verdicts(result, study.reference):
             console.print(said)
         for cell, message in result.failures:

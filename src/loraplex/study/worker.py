@@ -20,15 +20,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loraplex.analysis import Analysis
 from loraplex.cli import quiet
 from loraplex.evaluate import log_likelihoods
-from loraplex.study.cells import FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
+from loraplex.study.cells import ANALYSIS_NAME, FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
 from loraplex.study.config import GeneralText
 from loraplex.training.adapted import labels_of, load_adapted
 from loraplex.training.checkpoints import checkpoints
 from loraplex.training.config import RunConfig, build_run
 from loraplex.training.encode import Answer
 from loraplex.training.examples import cell as cell_of
+from loraplex.training.looking import analyse_adapter
 from loraplex.training.memory import explain, is_out_of_memory
 from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
 from loraplex.training.nonfinite import NonFiniteError
@@ -64,6 +66,8 @@ def main(folder: Path) -> int:
             shutil.rmtree(checkpoint)  # the run is over, and its adapter saved
         if job["test"] and not (folder / TEST_NAME).is_file():
             _test(folder, run, job["base"], job["general_text"])
+        if job["test"] and not job["base"] and not (folder / ANALYSIS_NAME).is_file():
+            write_atomic(folder / ANALYSIS_NAME, json.dumps(_analysis(folder, run).to_dict()) + "\n")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -117,6 +121,13 @@ def _test(folder: Path, run: RunConfig, base: bool, general_text: dict[str, Any]
     save_file(tensors, temporary)
     os.replace(temporary, folder / SCORES_NAME)
     write_atomic(folder / TEST_NAME, json.dumps(report, indent=2) + "\n")
+
+
+def _analysis(folder: Path, run: RunConfig) -> Analysis:
+    try:
+        return analyse_adapter(folder, with_data=None)
+    except ValueError:  # another of PEFT's methods, of whose updates we know nothing
+        return Analysis(run.method)
 
 
 @torch.no_grad()

@@ -115,6 +115,7 @@ def load_on_skeleton(adapter: Path, run: RunConfig, label_names: list[str] | Non
 
 
 def _adapted(base: PreTrainedModel, adapter: Path, run: RunConfig, **options: Any) -> PeftModel:
+    config_class(run.method)  # a method from the user's own module is registered by its import
     try:
         return PeftModel.from_pretrained(base, str(adapter), **options)
     except (RuntimeError, KeyError) as error:

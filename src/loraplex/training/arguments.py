@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import sys
 from typing import Any, get_type_hints
 
 import torch
@@ -55,11 +56,15 @@ def method_of(peft_type: str) -> str:
 
 
 def config_class(method: str) -> Any:
-    """The PEFT config class of a method: ours, or one of PEFT's by the name of its type ("loha", "adalora", …).
+    """The PEFT config class of a method: ours, PEFT's by the name of its type ("loha", …), or `module:Class`.
+
+    A module is imported, from the working directory too, which registers what it defines.
 
     Raises:
         ConfigError: nothing is called so.
     """
+    if ":" in method:
+        return _imported(method)
     if method in _CONFIGS:
         module, name = _CONFIGS[method]
         return getattr(importlib.import_module(module), name)
@@ -69,6 +74,22 @@ def config_class(method: str) -> Any:
         hint = f"did you mean {near!r}? " if near else ""
         raise ConfigError(f"method is {method!r}: {hint}Known: {', '.join([*_CONFIGS, *others])}.")
     return others[method]
+
+
+def _imported(method: str) -> Any:
+    module, _, name = method.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(
+            f"method is {method!r}, but {module} can't be imported ({error}): start in the folder that it lies under, "
+            "or install it."
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, PeftConfig)):
+        raise ConfigError(f"method is {method!r}: {module} has no PeftConfig of the name {name!r}.")
+    return cls
 
 
 def adapter_config(run: RunConfig) -> PeftConfig:

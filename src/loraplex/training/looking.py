@@ -13,18 +13,20 @@ from loraplex.training.run import load_data
 _EXAMPLES = 64
 
 
-def analyse_adapter(adapter: Path, with_data: bool) -> Analysis:
-    """Look into a saved adapter. Base weights are loaded only `with_data`.
+def analyse_adapter(adapter: Path, with_data: bool | None) -> Analysis:
+    """Look into a saved adapter. Base weights are loaded only with data.
 
     Args:
         adapter: folder of one of ours, or of a plain LoRA.
-        with_data: run up to 64 held-out examples of each of its run's tasks, to see which experts a router uses.
+        with_data: run up to 64 held-out examples of each of its run's tasks, to see which experts a router uses;
+            None: where there is a router.
 
     Raises:
         ConfigError: `with_data` without a router, or without a run.yaml that says what data to use.
     """
     config = adapter_json(adapter)
     routed = config.get("expert_mixing") == "router"
+    with_data = routed if with_data is None else with_data
     if with_data and not routed:
         raise ConfigError(f"{adapter} has no router, whose gates depend on the data: leave --with-data out.")
     if config["peft_type"] == "LORA":
