@@ -15,6 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from loraplex.cli import main
+from loraplex.training.arguments import training_arguments
+from loraplex.training.config import load_run
+from loraplex.training.encode import encode_training
+from loraplex.training.run import load_data
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -169,3 +173,18 @@ def test_metrics_of_an_empty_update_are_those_of_the_base(room):
     assert plain["perplexity"] == pytest.approx(math.exp(plain["loss"]))
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert Evaluator(task, words, batch_size=5)(adapted) == plain
+
+
+def test_plain_text_where_the_tokenizer_has_a_chat_template(room, tmp_path):
+    """`train.chat: false` leaves the template out of training and evaluation alike."""
+    text = {}
+    for chat in ("true", "false"):
+        run = load_run(write_run(room, tmp_path / chat, "masa"), [("train.chat", chat == "true")])
+        tokenizer, (task,) = load_data(run)
+        for part in (task.train, task.eval):
+            (row, *_) = encode_training(tokenizer, part, 64).to_list()
+            text[chat] = tokenizer.decode(row["input_ids"])
+            assert tokenizer.decode([t for t in row["labels"] if t >= 0]).split()[0] in ("good", "bad")
+            assert ("user :" in text[chat], "assistant :" in text[chat]) == (chat == "true", chat == "true")
+        assert text[chat].endswith("<eos>")
+    training_arguments(run)  # no field of the trainer's

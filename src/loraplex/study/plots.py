@@ -110,7 +110,11 @@ def cumulative_spectra(result: TaskResult) -> str | None:
         if curves:
             length = min(map(len, curves))
             means = [fmean(curve[k] for curve in curves) for k in range(length)]
-            axes.plot(range(1, length + 1), means, label=method, markerfacecolor="white", **style(number))
+            marks: dict[str, Any] = {
+                "markerfacecolor": "white",
+                "markevery": [2**i - 1 for i in range(length.bit_length())],
+            }
+            axes.plot(range(1, length + 1), means, label=method, **marks, **style(number))
     if not axes.get_legend_handles_labels()[0]:
         return None
     axes.set_xscale("log", base=2)

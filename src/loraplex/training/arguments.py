@@ -46,7 +46,7 @@ _TRAIN_RESERVED = {
     "remove_unused_columns": "the columns are prepared by loraplex",
     "full_determinism": "set seed",
 }
-_TRAIN_OURS = {"on_nonfinite"}
+_TRAIN_OURS = {"on_nonfinite", "chat"}
 """Fields under `train` that are ours and not the trainer's."""
 
 

@@ -57,6 +57,7 @@ class TrainSection(BaseModel):
     lr_scheduler_type: str = Field("linear", description="linear, cosine, constant_with_warmup, …")
     weight_decay: float = Field(0.0, ge=0, description="never applied to MultiLoRA's scaling factors")
     max_length: int = Field(512, ge=8, description="tokens per example; longer prompts are cut, answers kept")
+    chat: bool = Field(True, description="put prompts and answers into the tokenizer's chat template, if it has one")
     logging_steps: int = Field(1, ge=1, description="updates between two rows of metrics.jsonl")
     eval_steps: int | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
     eval_on_start: bool = Field(True, description="evaluate the base model before training")

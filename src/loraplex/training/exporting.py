@@ -25,6 +25,7 @@ from loraplex.training.data import load_task
 from loraplex.training.encode import encode_texts, encode_training
 from loraplex.training.models import DTYPES, base_folder, load_tokenizer
 from loraplex.training.progress import note
+from loraplex.training.run import uses_chat
 from loraplex.updates import adapted
 
 _CALIBRATION_EXAMPLES = 64
@@ -133,7 +134,7 @@ def _calibrate(adapter: Path, run: RunConfig, labels: list[str] | None, data: li
             {**run.model_dump(), "data": [data_entry(text) for text in data]}, "--calibration"
         ).data})  # fmt: skip
     model = load_adapted(adapter, run, labels).eval()
-    chat = tokenizer.chat_template is not None
+    chat = uses_chat(run, tokenizer)
     tasks = [load_task(spec, run.train.seed, run.task, chat) for spec in run.data]
     count = max(2, _CALIBRATION_EXAMPLES // len(tasks))
     seen: list[dict[str, Any]] = []

@@ -138,10 +138,15 @@ def _starting_point(run: RunConfig, output_dir: Path, resume: bool) -> Path | No
     return checkpoint
 
 
+def uses_chat(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the run's prompts and answers are messages of a chat."""
+    return run.train.chat and tokenizer.chat_template is not None
+
+
 def load_data(run: RunConfig) -> tuple[PreTrainedTokenizerBase, list[Task]]:
     """The run's tokenizer and tasks."""
     tokenizer = load_tokenizer(run.model, **run.source)
-    chat = tokenizer.chat_template is not None
+    chat = uses_chat(run, tokenizer)
     tasks = []
     for spec in run.data:
         note(f"reading {spec.path}")
