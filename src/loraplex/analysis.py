@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from loraplex.calibrate import expert_use
@@ -129,7 +130,12 @@ def add_expert_use(analysis: Analysis, model: nn.Module, batches: Mapping[str, I
 
 def analyse_lora(folder: str) -> Analysis:
     """The spectra of a saved plain LoRA; neither the base model nor its config is needed."""
-    return Analysis("LORA", [_of_factors(_place(name), A, B) for name, (A, B) in read_lora(folder).items()])
+    start = PeftConfig.from_pretrained(folder).init_lora_weights
+    # These take their first B A out of the base weight, which is not here.
+    moved = isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
+    note = f"B A, with what {start} took out of the base weight" if moved else ""
+    spectra = [_of_factors(_place(name), A, B, note) for name, (A, B) in read_lora(folder).items()]
+    return Analysis("LORA", spectra)
 
 
 def _place(name: str) -> dict[str, Any]:

@@ -23,11 +23,13 @@ Every key of RUN.yaml can be overridden: --key value or --key=value, dotted for 
   --gguf_file F             GGUF file in the model's folder or repository
   --dtype T                 float32, bfloat16 or auto
   --task T                  sft (causal language model) or classification
-  --method M                masa, aslora, dual_lora, multilora, lora, or another of PEFT's: loha, adalora, …
+  --method M                masa, aslora, dual_lora, multilora, lora, another of PEFT's (loha, adalora, …), or a
+                            config class of your own, package.module:Class
   --adapter.FIELD V         a field of the method's config: r, lora_alpha, target_modules, …
   --data.N.FIELD V          a field of data set N (from 0): path, weight, prompt, response, eval_size, …
   --train.FIELD V           learning_rate, max_steps, per_device_train_batch_size, eval_steps, seed, …,
-                            on_nonfinite (stop or skip, at a NaN or Inf in loss or gradients),
+                            on_nonfinite (stop or skip, at a NaN or Inf in loss or gradients), chat (false: plain
+                            text where the tokenizer has a chat template),
                             and any other field of TRL's SFTConfig or transformers' TrainingArguments
   --output_dir DIR          where adapter, checkpoints, metrics.jsonl and loss.png go
 
@@ -80,8 +82,8 @@ STUDY.yaml names a model, tasks, methods, learning rates and seeds (configs/stud
 the same number of learning rates on the eval parts; the best one is trained with every seed and tested once. Keys can
 be overridden as for train: --seeds [0,1] --budget lora:r=4 --train.max_steps 20.
 
-A study can be killed and started again: a finished cell is never run again. Its folder gets report.html, report.md,
-results.csv, results.json, and every cell's configuration, metrics and adapter.
+A study can be killed and started again: a finished cell is never trained or tested again. Its folder gets report.html,
+report.md, results.csv, results.json, and every cell's configuration, metrics and adapter.
 
 examples:
   loraplex compare configs/studies/quick.yaml
@@ -227,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --plots: which experts MASA's router uses on the run's held-out data",
     )
+    inspect.add_argument("--method", metavar="M", help="the adapter's, where it is a class of your own: module:Class")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -446,6 +449,10 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if not args.adapter.is_dir():
         raise FileNotFoundError(f"adapter {args.adapter} is not a folder: give the folder of a saved adapter.")
+    if args.method is not None:
+        from loraplex.training.arguments import config_class
+
+        config_class(args.method)
     description = describe(args.adapter)
     if args.against is not None:
         description.against = _compare(args.adapter, args.against)
@@ -462,7 +469,8 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     from loraplex.training.looking import analyse_adapter
     from loraplex.training.report import print_analysis
 
-    analysis = analyse_adapter(args.adapter, args.with_data)
+    overrides_of_run = [] if args.method is None else [("method", args.method)]
+    analysis = analyse_adapter(args.adapter, args.with_data, overrides_of_run)
     written = draw(analysis, args.plots)
     if args.json:
         _print_json({**description.to_dict(), "analysis": analysis.to_dict(), "plots": [str(path) for path in written]})

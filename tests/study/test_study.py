@@ -125,6 +125,13 @@ def test_a_study(room, tmp_path, capsys):
     assert main(["compare", str(path)]) == 0
     assert {file: file.stat().st_mtime_ns for file in out.rglob("adapter_model.safetensors")} == stamp
 
+    # A cell begun before a key existed has that key's default.
+    begun = cell / "run.yaml"
+    text = begun.read_text()
+    assert "  chat: true\n" in text
+    begun.write_text(text.replace("  chat: true\n", ""))
+    assert main(["compare", str(path), "--report"]) == 0
+
     assert main(["compare", str(path), "--adapter.warmup_steps", "3"]) == 2
     assert "begun with another adapter" in capsys.readouterr().err
 
@@ -217,6 +224,10 @@ def test_a_classifier_and_another_of_pefts_methods(room, tmp_path):
     # A pair of factors for each of LoHa's two products: r = 1 and r = 2 are as far off.
     assert results["settings"]["loha"] == {"target_modules": ["query", "value"], "alpha": 4, "r": 1}
     assert results["costs"]["loha"]["excess"] == -4 * (32 + 32)
+    # Its updates are none that we know; no failure is made of that.
+    assert not list((tmp_path / "out").rglob("failed.json"))
+    assert [inside["effective_rank"] for inside in results["insides"]["loha"]] == [None, None]
+    assert [inside["notes"] for inside in results["insides"]["loha"]] == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +237,8 @@ def test_a_classifier_and_another_of_pefts_methods(room, tmp_path):
         ({"methods": {"base": {"method": "lora"}, "lora": None}}, "'base' is the unadapted model's name"),
         ({"methods": {"lora": {"learning_rates": [1e-3]}}}, "has 1 learning rates, the study 2"),
         ({"methods": ["lora", "qlora"]}, "method is 'qlora'"),
-        ({"methods": {"lora": None, "x": {"method": "no.such:Config"}}}, "but no.such can't be imported"),
+        ({"methods": {"lora": None, "x": {"method": "no.such:Config"}}}, "but there is no module no"),
+        ({"methods": {"lora": None, "x": {"method": "peft:PeftConfig"}}}, "PEFT does not know it"),
         ({"methods": {"lora": None, "x": {"method": "peft:Nope"}}}, "peft has no PeftConfig of the name 'Nope'"),
         ({"seeds": [0, 0]}, "each may stand here once"),
         ({"train": {"seed": 3}}, "train.seed can't be set in a study: use seeds"),
@@ -269,8 +281,23 @@ def test_nearest_size(target, expected):
 
 
 def test_a_size_that_is_never_reached():
-    with pytest.raises(ValueError, match="fewer than 100"):
+    with pytest.raises(ValueError, match="7 parameters, whatever the size"):
         nearest_size(lambda size: 7, 100, 4)
+    with pytest.raises(ValueError, match="fewer than 100"):
+        nearest_size(lambda size: min(size, 50), 100, 4)
+
+
+def test_sizes_below_the_smallest_are_passed_over():
+    """A method that needs two ranks is not refused because one was tried."""
+
+    def parameters(size: int) -> int:
+        if size < 5:
+            raise ValueError("r must be at least 5")
+        return 10 * size
+
+    for first in (5, 6, 40):
+        assert nearest_size(parameters, 12, first) == 5
+        assert nearest_size(parameters, 66, first) == 7
 
 
 def test_studies_in_the_repository():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
-from test_study import study
+from test_study import TARGETS, study
 from torch import nn
 
 import loraplex
@@ -89,6 +92,21 @@ def test_full_fine_tuning_is_that(variants):
     torch.testing.assert_close(merged.proj.weight, twin.proj.weight, rtol=1e-5, atol=1e-6)
 
 
+def test_a_module_in_the_working_directory(room, tmp_path):
+    """The command finds it, in its own process and in those of the cells."""
+    shutil.copy(ROOT / "configs/studies/variants.py", tmp_path / "mine.py")
+    methods = {"lora": None, "full": {"method": "mine:FullConfig", "size": None}}
+    settings = {"methods": methods, "adapter": TARGETS, "learning_rates": [1e-3], "seeds": [0], "general_text": None}
+    path = study(room, tmp_path, **settings)
+    command = [Path(sys.executable).with_name("loraplex"), "compare", path]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())["tasks"][0]
+    assert {line["method"] for line in results["lines"]} == {"base", "lora", "full"}
+    card = (tmp_path / "out/cells/reviews/full/lr-0.001/seed-0/README.md").read_text()
+    assert "import mine  # registers" in card
+
+
 def test_in_a_study(variants, room, tmp_path, capsys):
     """A method from a module of the user's: sized, trained, tested, analysed, and loaded again by `eval`."""
     methods = {
@@ -106,6 +124,11 @@ def test_in_a_study(variants, room, tmp_path, capsys):
     assert full["effective_rank"] > 3 >= lora["effective_rank"]
     cell = tmp_path / "out/cells/reviews/full/lr-0.001/seed-0"
     capsys.readouterr()
-    assert main(["eval", str(cell), "--test", "--json"]) == 0
+    assert main(["eval", str(cell), "--test", "--json"]) == 2  # what lies beside an adapter is not imported unasked
+    assert "names code to import, method: configs.studies.variants:FullConfig" in capsys.readouterr().err
+    method = ["--method", "configs.studies.variants:FullConfig"]
+    assert main(["inspect", str(cell), "--plots", str(tmp_path / "plots"), *method]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(cell), "--test", "--json", *method]) == 0
     again = json.loads(capsys.readouterr().out)["tasks"]["reviews"]["adapted"]
     assert again == pytest.approx(json.loads((cell / "test.json").read_text())["tasks"]["reviews"])

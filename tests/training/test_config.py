@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loraplex.training.arguments import adapter_config, check_train, training_arguments
-from loraplex.training.config import ConfigError, load_run, parse_overrides, to_yaml
+from loraplex.training.config import ConfigError, load_run, parse_overrides, parse_yaml, to_yaml
 
 RUN = """\
 model: some/model
@@ -178,3 +178,17 @@ def test_every_method_has_its_config(file, method):
     config = adapter_config(load(file, "--method", method))
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 8, {"q_proj", "v_proj"})
     assert config.task_type == "CAUSAL_LM"
+
+
+def test_merge_keys(tmp_path):
+    """`<<` brings in keys that a mapping's own replace, wherever it stands; a key given twice stays an error."""
+    text = """
+deep:
+  deeper: {base: &base {r: 8, alpha: 16}, two: &two {<<: *base, r: 4}}
+shallow: {<<: *two, extra: 1}
+"""
+    tree = parse_yaml(text, "a text")
+    assert tree["deep"]["deeper"]["two"] == {"r": 4, "alpha": 16}
+    assert tree["shallow"] == {"r": 4, "alpha": 16, "extra": 1}
+    with pytest.raises(ConfigError, match="a text: 'r' is given twice"):
+        parse_yaml("{<<: {r: 8}, r: 4, r: 2}", "a text")

@@ -42,11 +42,13 @@ class Inside:
     """MultiLoRA: mean |cᵢ| of each parallel module, the largest first in every layer."""
     merges: list[dict[str, Any]] = field(default_factory=list)
     """ASLoRA: step, family, layer, reads."""
+    notes: list[str] = field(default_factory=list)
+    """What the spectra leave out, and why there are none."""
 
 
 def look_inside(analysis: dict[str, Any]) -> Inside:
-    """The means of one cell's analysis.json."""
-    spectra = [spectrum for spectrum in analysis["spectra"] if spectrum["values"]]
+    """The means of one cell's analysis.json; modules whose ΔW is zero count in the norm alone."""
+    spectra = [spectrum for spectrum in analysis["spectra"] if spectrum["norm"]]
     similar = [
         value
         for matrix in analysis["similarity"].values()
@@ -58,7 +60,7 @@ def look_inside(analysis: dict[str, Any]) -> Inside:
         effective_rank=_mean(spectrum["effective_rank"] for spectrum in spectra),
         first=_mean(_share(spectrum["values"], 1) for spectrum in spectra),
         top=_mean(_share(spectrum["values"], TOP) for spectrum in spectra),
-        norm=_mean(spectrum["norm"] for spectrum in spectra),
+        norm=_mean(spectrum["norm"] for spectrum in analysis["spectra"]),
         cumulative=_cumulative([spectrum["values"] for spectrum in spectra]),
         closed=_mean(analysis["closed"].values()),
         negative=_mean(analysis["negative"].values()),
@@ -67,6 +69,7 @@ def look_inside(analysis: dict[str, Any]) -> Inside:
         concentration={data: fmean(map(max, gates.values())) for data, gates in analysis["use"].items()},
         scaling=_means(sorted(c, reverse=True) for c in analysis["scaling"].values()),
         merges=analysis["merges"],
+        notes=sorted({*(spectrum["note"] for spectrum in spectra), analysis.get("error", "")} - {""}),
     )
 
 

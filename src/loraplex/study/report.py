@@ -132,6 +132,14 @@ def inside_table(result: TaskResult) -> Table | None:
     return head, rows
 
 
+def inside_notes(result: TaskResult) -> list[str]:
+    """What the table of `inside_table` leaves out, by method."""
+    notes = {
+        method: sorted({note for inside in seeds for note in inside.notes}) for method, seeds in result.insides.items()
+    }
+    return [f"{method}: {note}" for method, found in notes.items() for note in found]
+
+
 def _spread(values: Sequence[float | None], form: str) -> str:
     known = [value for value in values if value is not None]
     if not known:
@@ -188,7 +196,8 @@ def verdicts(result: TaskResult, reference: str) -> list[str]:
     if undecided:
         said.append(f"Not told apart from {reference}: {', '.join(undecided)}.")
     if len(lines) > 1:
-        said.append(f"Each interval is for one comparison, and one in twenty misses by chance; here are {len(lines)}.")
+        shown = len(lines) * (len(groups(result)) + len(result.others))
+        said.append(f"Each interval is for one comparison, and one in twenty misses by chance; here are {shown}.")
     edges = [f"{m} ({c.at_edge})" for m, c in result.choices.items() if c.at_edge]
     if edges:
         said.append(f"The best learning rate was at the edge of those tried: {', '.join(edges)}. Try further ones.")
@@ -217,6 +226,7 @@ def markdown(study: StudyConfig, results: Sequence[TaskResult]) -> str:
         parts += ["### Cost", _markdown(cost_table(result))]
         if (inside := inside_table(result)) is not None:
             parts += ["### What the updates look like", _markdown(inside)]
+            parts += [f"- {note}" for note in inside_notes(result)]
         parts += [f"- failed: {cell}: {message.splitlines()[0]}" for cell, message in result.failures]
         parts += [f"- not run yet: {cell}" for cell in result.missing]
     text = "\n\n".join(part for part in parts if part)
@@ -286,7 +296,8 @@ def page(study: StudyConfig, results: Sequence[TaskResult], made: dict[str, Any]
             parts += [f"<h3>{escape(_beside(result, metric))}</h3>", _table(table)]
         parts += ["<h3>Cost</h3>", _table(cost_table(result))]
         if (inside := inside_table(result)) is not None:
-            parts += ["<h3>What the updates look like</h3>", _table(inside)]
+            notes = "".join(f"<li>{escape(note)}</li>" for note in inside_notes(result))
+            parts += ["<h3>What the updates look like</h3>", _table(inside), f"<ul>{notes}</ul>" if notes else ""]
         figures = {
             f"Difference to {study.reference}: the interval is filled where it leaves zero out.": plots.differences(
                 result, study.reference
@@ -329,7 +340,9 @@ _EXPLAINED = (
     "quantile with Satterthwaite's degrees of freedom. “Wins” counts seeds. A verdict is given only where the "
     "interval leaves zero out.",
     "What the updates look like: means over the adapted modules. Effective rank is exp(−Σ p log p) with p = σ / Σ σ. "
-    "Similarity of experts is linear CKA; separation of data sets is half of Σ |g − g'| between their mean gates.",
+    "A gate is closed where B A ≤ 0; negative signs are a share of the open gates. Similarity of experts is linear CKA "
+    "without centring; the largest gate is that of the expert a module uses most, on average over tokens; separation "
+    "of data sets is half of Σ |g − g'| between their mean gates.",
     "Peak memory is that of the process on a CPU and of the accelerator elsewhere; s/step is the median of a training "
     "step without evaluation and saving.",
 )

@@ -26,7 +26,7 @@ from loraplex.study.config import StudyConfig, to_yaml
 from loraplex.study.sizes import Sized, solve
 from loraplex.study.worker import work
 from loraplex.training.arguments import training_arguments
-from loraplex.training.config import ConfigError, RunConfig
+from loraplex.training.config import ConfigError, RunConfig, build_run
 from loraplex.training.lock import locked
 from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
 from loraplex.training.models import load_skeleton
@@ -91,8 +91,13 @@ class State:
 
     def changed(self, cell: Cell) -> list[str]:
         """The keys in which the cell's run differs from how its folder was begun."""
-        begun, now = self.folder(cell).started_as(), self.run_of(cell).model_dump(mode="json")
-        return [key for key in now if begun is not None and key != "output_dir" and begun.get(key) != now[key]]
+        tree = self.folder(cell).started_as()
+        if tree is None:
+            return []
+        # Read as a run: keys that came with a later version have their defaults.
+        begun = build_run(tree, str(self.folder(cell).path)).model_dump(mode="json")
+        now = self.run_of(cell).model_dump(mode="json")
+        return [key for key in now if key != "output_dir" and begun[key] != now[key]]
 
 
 def prepare(study: StudyConfig) -> State:

@@ -70,10 +70,13 @@ def _solve(
     skeleton: nn.Module,
     target: int | None,
 ) -> Sized:
+    default_r = next((f.default for f in fields(config_class(entry.method)) if f.name == "r"), None)
+    default_r = default_r if isinstance(default_r, int) else None
+
     def settings(size: int | None = None) -> dict[str, Any]:
         sized = adapter if size is None or entry.size is None else {**adapter, entry.size: size}
-        r = sized.get("r", getattr(config_class(entry.method)(), "r", None))
-        if study.alpha_over_r is None or "lora_alpha" not in known or "lora_alpha" in entry.adapter or r is None:
+        r = sized.get("r", default_r)
+        if study.alpha_over_r is None or "lora_alpha" not in known or "lora_alpha" in entry.adapter or not r:
             return sized
         alpha = study.alpha_over_r * r
         return {**sized, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
@@ -100,15 +103,32 @@ def _solve(
 
 
 def nearest_size(parameters: Callable[[int], int], target: int, first: int) -> int:
-    """The size whose number of parameters, which grows with it, is nearest to `target`; ties go to the smaller one."""
+    """The size whose number of parameters, which grows with it, is nearest to `target`; ties go to the smaller one.
+
+    Args:
+        parameters: raises a ValueError for a size below the smallest that there is.
+        target: parameters wanted.
+        first: a size that there is.
+    """
+
+    def at(size: int) -> int:
+        try:
+            return parameters(size)
+        except ValueError:
+            if size >= first:
+                raise
+            return -1
+
+    if at(first) == at(2 * first):
+        raise ValueError(f"{at(first):,} parameters, whatever the size: leave its settings alone with size: null")
     low = high = first
-    while low > 1 and parameters(low) > target:
+    while low > 1 and at(low) > target:
         low = max(1, low // 2)
-    while parameters(high) < target:
+    while at(high) < target:
         if high > 2**20:
-            raise ValueError(f"even {high} gives only {parameters(high):,} parameters, fewer than {target:,}")
+            raise ValueError(f"even {high} gives only {at(high):,} parameters, fewer than {target:,}")
         high *= 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if parameters(middle) <= target else (low, middle)
-    return min((low, high), key=lambda size: (abs(parameters(size) - target), size))
+        low, high = (middle, high) if at(middle) <= target else (low, middle)
+    return min((size for size in (low, high) if at(size) >= 0), key=lambda size: (abs(at(size) - target), size))

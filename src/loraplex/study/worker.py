@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from loraplex.training.checkpoints import checkpoints
 from loraplex.training.config import RunConfig, build_run
 from loraplex.training.encode import Answer
 from loraplex.training.examples import cell as cell_of
-from loraplex.training.looking import analyse_adapter
+from loraplex.training.looking import analyse_adapter, is_known
 from loraplex.training.memory import explain, is_out_of_memory
 from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
 from loraplex.training.nonfinite import NonFiniteError
@@ -67,7 +68,7 @@ def main(folder: Path) -> int:
         if job["test"] and not (folder / TEST_NAME).is_file():
             _test(folder, run, job["base"], job["general_text"])
         if job["test"] and not job["base"] and not (folder / ANALYSIS_NAME).is_file():
-            write_atomic(folder / ANALYSIS_NAME, json.dumps(_analysis(folder, run).to_dict()) + "\n")
+            write_atomic(folder / ANALYSIS_NAME, json.dumps(_analysis(folder, run)) + "\n")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -123,11 +124,15 @@ def _test(folder: Path, run: RunConfig, base: bool, general_text: dict[str, Any]
     write_atomic(folder / TEST_NAME, json.dumps(report, indent=2) + "\n")
 
 
-def _analysis(folder: Path, run: RunConfig) -> Analysis:
+def _analysis(folder: Path, run: RunConfig) -> dict[str, Any]:
     try:
-        return analyse_adapter(folder, with_data=None)
-    except ValueError:  # another of PEFT's methods, of whose updates we know nothing
-        return Analysis(run.method)
+        if not is_known(folder, run.method):
+            return Analysis(run.method).to_dict()
+        return analyse_adapter(folder, None, [("method", run.method)]).to_dict()
+    except Exception as error:
+        # The scores stand: the report says what is missing beside them.
+        traceback.print_exc()
+        return Analysis(run.method).to_dict() | {"error": f"not analysed: {error}"}
 
 
 @torch.no_grad()

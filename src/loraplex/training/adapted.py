@@ -40,7 +40,13 @@ def run_of(
     beside = _beside(adapter, RUN_NAME)
     path = run_file or beside
     known = run_file is not None or path.is_file()
-    tree = read_yaml(path) if known else _tree_from_adapter(adapter)
+    chosen = dict(overrides).get("method")
+    tree = read_yaml(path) if known else _tree_from_adapter(adapter, chosen)
+    if run_file is None and ":" in str(tree.get("method")) and chosen is None:
+        # What lies in an adapter's folder may come from anywhere.
+        raise ConfigError(
+            f"{path} names code to import, method: {tree['method']}. If you trust it, say so: --method {tree['method']}"
+        )
     if data:
         tree["data"] = [data_entry(text) for text in data]
     for key, value in overrides:
@@ -60,9 +66,9 @@ def _beside(adapter: Path, name: str) -> Path:
     return (folder.parent if folder.name.startswith("checkpoint-") else folder) / name
 
 
-def _tree_from_adapter(adapter: Path) -> dict[str, Any]:
+def _tree_from_adapter(adapter: Path, method: str | None) -> dict[str, Any]:
     config = adapter_json(adapter)
-    method = method_of(config["peft_type"])
+    method = method or method_of(config["peft_type"])
     config_class(method)
     task = "classification" if config.get("task_type") == "SEQ_CLS" else "sft"
     return {"model": config["base_model_name_or_path"], "method": method, "task": task, "output_dir": str(adapter)}

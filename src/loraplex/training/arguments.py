@@ -79,16 +79,20 @@ def config_class(method: str) -> Any:
 def _imported(method: str) -> Any:
     module, _, name = method.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last: no file there may stand in for a library
     try:
         cls = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
         raise ConfigError(
-            f"method is {method!r}, but {module} can't be imported ({error}): start in the folder that it lies under, "
-            "or install it."
+            f"method is {method!r}, but there is no module {error.name}: start in the folder that it lies under, or "
+            "install it."
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, PeftConfig)):
         raise ConfigError(f"method is {method!r}: {module} has no PeftConfig of the name {name!r}.")
+    if cls not in PEFT_TYPE_TO_CONFIG_MAPPING.values():
+        raise ConfigError(f"method is {method!r}: PEFT does not know it: {module} must register it when imported.")
     return cls
 
 

@@ -55,6 +55,8 @@ def _table(result: Result) -> str:
 
 def _loading(run: RunConfig, result: Result, title: str) -> str:
     ours = _LOAD_OURS if run.method in OURS else ""
+    if ":" in run.method:
+        ours = f"import {run.method.partition(':')[0]}  # registers the adapter's type with PEFT\n"
     needs = "" if run.method not in OURS else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
     imported, base = _base(run, result)
     return (

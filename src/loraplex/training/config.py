@@ -85,7 +85,9 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run the code that a hub model brings along")
     dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the base weights")
     task: Literal["sft", "classification"] = Field("sft", description="causal language model, or classifier")
-    method: str = Field(description="the adapter's method: one of ours, lora for comparison, or another of PEFT's")
+    method: str = Field(
+        description="the adapter's method: one of ours, lora for comparison, another of PEFT's, or module:Class"
+    )
     adapter: dict[str, Any] = Field(default_factory=dict, description="fields of the method's config (r, …)")
     data: list[DataSpec] = Field(min_length=1, description="one entry per data set, mixed by weight")
     train: TrainSection = Field(
@@ -106,16 +108,18 @@ class RunConfig(BaseModel):
 class _Loader(yaml.SafeLoader):
     """YAML where `1e-4` is a number (as in YAML 1.2) and a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, before `<<` brings in keys that the mapping's own may replace.
+        node = super().compose_mapping_node(anchor)
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
                 continue
-            key = self.construct_object(key_node, deep=True)
+            key = self.construct_object(key_node)
             if key in seen:
                 raise ConfigError(f"{key!r} is given twice (line {key_node.start_mark.line + 1}): keep one of them.")
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -1,7 +1,7 @@
 """Tasks: data sets turned into training and held-out examples, and mixtures of them.
 
 For `sft` the examples have TRL's columns `prompt` and `completion`, so that the loss is on the answers only:
-lists of messages when the tokenizer has a chat template, plain strings when it has none. For `classification`
+lists of messages where a chat template is used, else plain strings. For `classification`
 they have `text`, perhaps `text_pair`, and an integer `label`.
 """
 

@@ -35,8 +35,8 @@ def writer(spec: DataSpec, rows: Rows, chat: bool) -> Convert:
         return lambda row, where: [_answered(spec, labels, row, where, chat)]
     if not chat:
         raise ValueError(
-            f"{spec.path} holds chat messages, but the tokenizer has no chat template, or train.chat is false: use a "
-            "chat model, or prompt and response templates"
+            f"{spec.path} holds chat messages, but the tokenizer has no chat template, or train.chat is false: set "
+            "train.chat, use a chat model, or prompt and response templates"
         )
     column = spec.messages
     return lambda row, where: _conversation(cell(row, column, where), where)

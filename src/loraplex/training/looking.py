@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
 
 from loraplex.analysis import Analysis, add_expert_use, analyse, analyse_lora
+from loraplex.config import AdapterConfig
 from loraplex.training.adapted import adapter_json, labels_of, load_adapted, load_on_skeleton, run_of
+from loraplex.training.arguments import config_class
 from loraplex.training.config import ConfigError
 from loraplex.training.exporting import batches_of
 from loraplex.training.run import load_data
@@ -13,13 +19,20 @@ from loraplex.training.run import load_data
 _EXAMPLES = 64
 
 
-def analyse_adapter(adapter: Path, with_data: bool | None) -> Analysis:
+def is_known(adapter: Path, method: str) -> bool:
+    """Whether `analyse_adapter` knows what the updates of a method's saved adapter are: ours, and plain LoRA's."""
+    cls = config_class(method)
+    return issubclass(cls, AdapterConfig) or (cls is LoraConfig and not adapter_json(adapter).get("use_dora"))
+
+
+def analyse_adapter(adapter: Path, with_data: bool | None, overrides: Sequence[tuple[str, Any]] = ()) -> Analysis:
     """Look into a saved adapter. Base weights are loaded only with data.
 
     Args:
         adapter: folder of one of ours, or of a plain LoRA.
         with_data: run up to 64 held-out examples of each of its run's tasks, to see which experts a router uses;
             None: where there is a router.
+        overrides: of its run.
 
     Raises:
         ConfigError: `with_data` without a router, or without a run.yaml that says what data to use.
@@ -31,7 +44,7 @@ def analyse_adapter(adapter: Path, with_data: bool | None) -> Analysis:
         raise ConfigError(f"{adapter} has no router, whose gates depend on the data: leave --with-data out.")
     if config["peft_type"] == "LORA":
         return analyse_lora(str(adapter))
-    run = run_of(adapter, None, [], [], data_option="a run.yaml beside it" if with_data else None)
+    run = run_of(adapter, None, [], list(overrides), data_option="a run.yaml beside it" if with_data else None)
     if not with_data:
         return analyse(load_on_skeleton(adapter, run, labels_of(adapter, run)))
     tokenizer, tasks = load_data(run)
