@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBac
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraplex.packing import is_packed, unpacked
 from loraplex.parallel import is_sharded
 
 if TYPE_CHECKING:
@@ -79,15 +81,15 @@ def tiles(matrix: Tensor) -> Iterator[slice]:
 def read(layer: AdapterLinear) -> Tensor:
     """The weight, dequantised if need be: a copy or the weight itself."""
     inner: Any = layer.get_base_layer()
-    state = inner.weight.quant_state if isinstance(layer.quantization_backend, Bnb4bitBackend) else None
-    if getattr(state, "packing_format_for_cpu", False):
-        # In evaluation mode on CPUs with AVX512-BF16, bitsandbytes packs the weight in a way that it can't dequantise.
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-        inner.weight = packed = copy.deepcopy(inner.weight)
-        packed.data, packed.quant_state = _convert_weight_packed_for_cpu_inverse(packed.data, packed.quant_state)
+    if isinstance(layer.quantization_backend, Bnb4bitBackend) and is_packed(inner.weight):
+        # bitsandbytes does not notice that it can't dequantise this layout.
+        weight = copy.copy(inner.weight)
+        weight.data, weight.quant_state = unpacked(inner.weight)
+        inner = SimpleNamespace(weight=weight)
     try:
-        return layer.get_base_weight()
+        if layer.quantization_backend is None:
+            return layer.get_base_weight()
+        return layer.quantization_backend.get_base_weight(inner)
     except Exception as error:
         raise Unreadable(str(error)) from error
 

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.combine import add_weighted_adapter
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
+from loraplex.packing import guard, release
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class AdapterModel(BaseTuner):
             _restore(before)
             self.peft_config.pop(adapter_name, None)
             raise
+        guard(model)
         if getattr(config, "_unproven", False):
             self.__dict__.setdefault("_before", {})[adapter_name] = before
 
@@ -158,6 +160,7 @@ class AdapterModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self.merge_errors = {}
+        merged = merge
         if merge and (safe_merge or any(layer.quantization_backend is not None for layer in self._layers())):
             # Either can fail at any layer, so all are merged before one is replaced; a failure half-way would leave a
             # torn model.
@@ -169,6 +172,9 @@ class AdapterModel(BaseTuner):
                 merge, progressbar, safe_merge, adapter_names
             )
         model._modules.pop(BANK, None)
+        if not merged:
+            # Of a merged model the guard keeps what it stores: it is most often evaluated and then saved.
+            release(model)
         if untied and self.get_model_config(model).get("tie_word_embeddings"):
             # PEFT says and does the same, but only where it merges layer by layer.
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -376,6 +382,8 @@ def take_off(model: nn.Module, adapter_name: str) -> None:
         bank.delete_adapter(adapter_name)
         if not bank._get_available_adapters():
             del model._modules[BANK]
+    if not any(isinstance(module, AdapterLinear) for module in model.modules()):
+        release(model)
 
 
 def _restore(before: list[tuple[nn.Parameter, bool]]) -> None:
