@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from huggingface_hub import ModelCard, ModelCardData
-from packaging.version import Version
-from peft import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig, TaskType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 
+from loraplex.adapter_files import check_adapter_files
+from loraplex.field_types import check_types, fits, is_finite, shown
+from loraplex.patterns import check_pattern
 from loraplex.version import __version__
 
 _BIAS = ("none", "all", "lora_only")
+_LARGEST_RANK = 2**16
+_MOST_STEPS = 10**12
+MOST_PARTS = 1024
+"""Experts or modules side by side; the papers use up to eight."""
 _CARD_MARK = "<!-- loraplex: how to load -->"
 
 
@@ -69,42 +75,74 @@ class AdapterConfig(PeftConfig):
     """Version that wrote the adapter; filled in."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        check_types(type(self), vars(self))
+        if self.task_type is not None:
+            check_choice("task_type", self.task_type, tuple(kind.value for kind in TaskType))
+        if self.peft_type not in (None, self.method):
+            raise ValueError(
+                f"peft_type={shown(self.peft_type)} is not that of {type(self).__name__}: {self.method!r}."
+            )
         super().__post_init__()
         self.peft_type = PeftType(self.method)
         self.loraplex_version = self.loraplex_version or __version__
-        if isinstance(self.target_modules, list):
-            # A set, as PEFT's own configs have it: matching asks for membership, and order means nothing.
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            if not isinstance(value := getattr(self, name), str | None):
+                # A set, as PEFT's own configs have it: matching asks for membership, and order means nothing.
+                setattr(self, name, set(value))
+        if self.modules_to_save is not None:
+            # PEFT adds a classifier's head to it.
+            self.modules_to_save = list(self.modules_to_save)
         self._check_common()
+        self._check_patterns()
+
+    def _check_numbers(self) -> None:
+        check_count("r", self.r, maximum=_LARGEST_RANK)
+        check_number("lora_alpha", self.lora_alpha)
+        if not fits(self.lora_dropout, float) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={shown(self.lora_dropout)} is not a probability: use 0 ≤ lora_dropout < 1.")
+        check_choice("bias", self.bias, _BIAS)
 
     def _check_common(self) -> None:
-        check_count("r", self.r)
         for pattern, rank in self.rank_pattern.items():
-            check_count(f"rank_pattern[{pattern!r}]", rank)
-        check_number("lora_alpha", self.lora_alpha)
+            check_count(f"rank_pattern[{shown(pattern)}]", rank, maximum=_LARGEST_RANK)
         for pattern, alpha in self.alpha_pattern.items():
-            check_number(f"alpha_pattern[{pattern!r}]", alpha)
-        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout!r} is not a probability: use 0 ≤ lora_dropout < 1.")
-        if self.bias not in _BIAS:
-            raise ValueError(f"bias={self.bias!r} is unknown: use one of {', '.join(map(repr, _BIAS))}.")
+            check_number(f"alpha_pattern[{shown(pattern)}]", alpha)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform} can't be used with target_modules="
-                f"{self.target_modules!r}: give target_modules as a list, or put the layers into the expression."
+                f"layers_to_transform={shown(self.layers_to_transform)} can't be used with target_modules="
+                f"{shown(self.target_modules)}: give target_modules as a list, or put the layers into the expression."
             )
         if self.layers_pattern and self.layers_to_transform is None and not self.shares_across_layers:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: "
+                f"layers_pattern={shown(self.layers_pattern)} has no effect without layers_to_transform: "
                 "set layers_to_transform too, or leave layers_pattern out."
             )
+
+    def _check_patterns(self) -> None:
+        """Check all that is matched as a regular expression, in the form in which PEFT matches it."""
+        if isinstance(self.target_modules, str) and self.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            check_pattern("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            check_pattern("exclude_modules", self.exclude_modules)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                check_pattern(name, pattern, r"(.*\.)?({})$")
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in layers or []:
+            check_pattern("layers_pattern", pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+        for pattern in self.modules_to_save or []:
+            check_pattern("modules_to_save", pattern, r"(^|.*\.){}($|\..*)")
 
     @property
     def shares_across_layers(self) -> bool:
         """Whether layers read factors of other layers (MASA, ASLoRA)."""
         return False
+
+    @property
+    def parts(self) -> int:
+        """How many factors of rank r lie side by side in one tensor (MASA's experts, MultiLoRA's modules)."""
+        return 1
 
     def holding(self, rank: int, configs: list[AdapterConfig]) -> AdapterConfig:
         """Settings of an adapter that can hold any sum of rank `rank` of adapters with these configs; scaling is 1.
@@ -161,7 +199,7 @@ class AdapterConfig(PeftConfig):
         """
         folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
         if os.path.isdir(folder):
-            check_adapter_files(folder)
+            cls._check_fields(check_adapter_files(folder))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         # Read from a file: if its weights turn out not to fit, the adapter is taken off the model again.
         config._unproven = True
@@ -172,16 +210,26 @@ class AdapterConfig(PeftConfig):
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse unknown fields: PEFT would drop them with a warning and load another adapter than was saved."""
-        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
-        written_by = kwargs.get("loraplex_version") or "unknown"
-        if unknown:
-            newer = written_by != "unknown" and Version(written_by) > Version(__version__)
-            remedy = "pip install -U loraplex" if newer else f"remove the field from {CONFIG_NAME}"
-            raise ValueError(
-                f"{CONFIG_NAME} has fields that loraplex {__version__} does not know: {', '.join(unknown)} "
-                f"(written by loraplex {written_by}). Remedy: {remedy}."
-            )
+        cls._check_fields(kwargs)
         return super().check_kwargs(**kwargs)
+
+    @classmethod
+    def _check_fields(cls, settings: dict[str, Any]) -> None:
+        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        if unknown:
+            written_by = settings.get("loraplex_version") or "unknown"
+            remedy = "pip install -U loraplex" if _is_newer(written_by) else f"remove the field from {CONFIG_NAME}"
+            raise ValueError(
+                f"{CONFIG_NAME} has fields that loraplex {__version__} does not know: {shown(', '.join(unknown))} "
+                f"(written by loraplex {shown(written_by)}). Remedy: {remedy}."
+            )
+
+
+def _is_newer(version: object) -> bool:
+    try:
+        return Version(str(version)) > Version(__version__)
+    except InvalidVersion:
+        return False
 
 
 def unscaled(config: Any, r: int, **settings: Any) -> Any:
@@ -190,66 +238,31 @@ def unscaled(config: Any, r: int, **settings: Any) -> Any:
     return replace(config, **plain, **settings)
 
 
-def check_adapter_files(folder: str) -> None:
-    """Check that `folder` holds an adapter that can be read: JSON, and a whole safetensors file.
-
-    Raises:
-        ValueError: names the file and the remedy.
-    """
-    config_file = os.path.join(folder, CONFIG_NAME)
-    try:
-        with open(config_file, encoding="utf-8") as file:
-            settings = json.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no adapter: {CONFIG_NAME} is missing.") from None
-    except ValueError as error:
-        raise ValueError(f"{config_file} is not JSON ({error}): copy or download the adapter again.") from None
-    weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.isfile(weights):
-        try:
-            # Opening checks the header against the file's length: a truncated file is found here.
-            with safe_open(weights, framework="pt") as tensors:
-                keys = list(tensors.keys())
-        except SafetensorError as error:
-            raise ValueError(
-                f"{weights} is not a whole safetensors file ({error}): copy or download the adapter again."
-            ) from None
-        marks = [f".{(settings.get('peft_type') or '').lower()}_{kind}." for kind in ("factors", "shared")]
-        if settings.get("modules_to_save") and all(any(mark in key for mark in marks) for key in keys):
-            raise ValueError(
-                f"{weights} lacks the modules that were trained in full ({', '.join(settings['modules_to_save'])}): "
-                "copy or download the adapter again."
-            )
-    elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
-        raise ValueError(
-            f"{os.path.join(folder, WEIGHTS_NAME)} is a pickle, which can run code when it is read; "
-            "loraplex reads safetensors only: save the adapter again with safe_serialization=True."
-        )
-
-
-def check_count(name: str, value: object, minimum: int = 1) -> None:
-    """Raise a ValueError unless `value` is an integer of at least `minimum`."""
+def check_count(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `minimum` and at most `maximum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}.")
+        raise ValueError(f"{name}={shown(value)} must be an integer of at least {minimum}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}={shown(value)} must be an integer of at most {maximum}.")
 
 
 def check_number(name: str, value: object) -> None:
     """Raise a ValueError unless `value` is a finite positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value!r} must be a positive number.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and is_finite(value)):
+        raise ValueError(f"{name}={shown(value)} must be a positive number.")
 
 
 def check_steps(name: str, value: object) -> None:
     """Raise a ValueError unless `value` counts steps (integer ≥ 1) or is a fraction of the run (0 < value < 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r} must be a number of steps or a fraction of the run.")
+        raise ValueError(f"{name}={shown(value)} must be a number of steps or a fraction of the run.")
     if isinstance(value, float) and not 0 < value < 1:
         raise ValueError(f"{name}={value} as a fraction of the run must lie between 0 and 1; steps are integers.")
-    if isinstance(value, int) and value < 1:
-        raise ValueError(f"{name}={value} must be at least 1 step.")
+    if isinstance(value, int) and not 1 <= value <= _MOST_STEPS:
+        raise ValueError(f"{name}={shown(value)} must be at least 1 step and at most {_MOST_STEPS}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(map(repr, choices))}.")
+        raise ValueError(f"{name}={shown(value)} is unknown: use one of {', '.join(map(repr, choices))}.")

@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from loraplex.config import check_adapter_files
+from loraplex.adapter_files import check_adapter_files
 from loraplex.lowrank import svd_of_product
 from loraplex.plain import read_lora
 from loraplex.sharing import role

@@ -18,6 +18,8 @@ from loraplex.config import AdapterConfig
 from loraplex.kept import Kept
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 
+_FULL_RANKS = 16
+"""How many times in + out the ranks of all parts of an adapter may come to."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,11 +37,24 @@ class Factors(nn.Module, ABC):
         self.module_name = module_name
         self.in_features, self.out_features = in_features, out_features
         self.r = config.rank(module_name)
+        self._check_size(config)
         self.lora_alpha = config.alpha(module_name)
         self.scaling = config.scaling(module_name)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self._kept = Kept()
         self.add_parameters(config)
+
+    def _check_size(self, config: AdapterConfig) -> None:
+        # What can't be meant should not end in the allocator. A rank above the smaller dimension is only wasteful: one r
+        # for all layers may exceed the outputs of a router or a classifier.
+        largest = self.in_features + self.out_features
+        if self.r > largest or self.r * config.parts > _FULL_RANKS * largest:
+            times = f" in each of {config.parts} parts" if config.parts > 1 else ""
+            raise ValueError(
+                f"r={self.r}{times} is too large for {self.module_name}, whose weight is "
+                f"{(self.out_features, self.in_features)}: the factors would be larger than what they adapt. Choose a "
+                "smaller r, for this module by rank_pattern."
+            )
 
     @abstractmethod
     def add_parameters(self, config: AdapterConfig) -> None:

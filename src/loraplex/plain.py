@@ -13,7 +13,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loraplex.config import AdapterConfig, check_adapter_files
+from loraplex.adapter_files import check_adapter_files
+from loraplex.config import AdapterConfig
 from loraplex.engines import Engine
 from loraplex.layer import AdapterLinear
 from loraplex.sharing import layer_depth

@@ -15,8 +15,10 @@ from peft.utils.peft_types import PeftType, register_peft_method
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loraplex.config import AdapterConfig, check_adapter_files
+from loraplex.adapter_files import check_adapter_files
+from loraplex.config import AdapterConfig
 from loraplex.export import convert_for_peft
+from loraplex.field_types import shown
 from loraplex.layer import AdapterLinear
 from loraplex.model import AdapterModel
 
@@ -111,11 +113,15 @@ def load_adapter(model: PeftModel | PreTrainedModel, path: str, adapter_name: st
 
     if isinstance(model, PeftModel):
         _check_host(model)
-    if os.path.isdir(path):
-        check_adapter_files(path)
-    method = PeftConfig._get_peft_type(path)
-    if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(method, object), AdapterConfig):
-        raise ValueError(f"{path} is a {method} adapter, none of loraplex: load it with PeftModel.from_pretrained.")
+    name = check_adapter_files(path)["peft_type"] if os.path.isdir(path) else PeftConfig._get_peft_type(path)
+    if not isinstance(name, str) or name not in PeftType.__members__:
+        raise ValueError(
+            f"{path}: peft_type={shown(name)} is no type that this PEFT or loraplex knows: upgrade them, or import "
+            "the module that registers it first."
+        )
+    method = PeftType[name]
+    if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(method, PeftConfig), AdapterConfig):
+        raise ValueError(f"{path} is a {name} adapter, none of loraplex: load it with PeftModel.from_pretrained.")
     if not isinstance(model, PeftModel):
         config = PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(path)
         return model.load_adapter(path, adapter_name, peft_config=config, **kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.config import AdapterConfig, check_choice, check_count, check_number, check_steps
+from loraplex.field_types import shown
 from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels, rows_of, sign_
 from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
@@ -194,10 +195,11 @@ class DualLoraConfig(AdapterConfig):
                     raise ValueError(f"{name}={value} and rank_pattern exclude each other: leave one of them out.")
         if self.r_magnitude is not None and self.r_direction is not None:
             self.r = self.r_magnitude + self.r_direction
-        for pattern, r in [("r", self.r), *self.rank_pattern.items()]:
+        patterns = [(f"rank_pattern[{shown(pattern)}]", r) for pattern, r in self.rank_pattern.items()]
+        for name, r in [("r", self.r), *patterns]:
             if min(self._split(r)) < 1:
                 raise ValueError(
-                    f"{pattern}={r} leaves no rank for one of Dual LoRA's two groups (r_magnitude={self.r_magnitude}, "
+                    f"{name}={r} leaves no rank for one of Dual LoRA's two groups (r_magnitude={self.r_magnitude}, "
                     f"r_direction={self.r_direction}): r must be at least 2 and larger than either."
                 )
         check_steps("warmup_steps", self.warmup_steps)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_choice, check_count, unscaled
+from loraplex.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.sharing import Member, SharedFactors, read
@@ -158,7 +158,7 @@ class MasaConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_experts", self.num_experts)
+        check_count("num_experts", self.num_experts, maximum=MOST_PARTS)
         if self.share_layers is not None:
             check_count("share_layers", self.share_layers)
         check_choice("expert_mixing", self.expert_mixing, ("router", "sum", "concat"))
@@ -169,6 +169,10 @@ class MasaConfig(AdapterConfig):
             raise ValueError(f"The adapters share experts between {sorted(sizes)} layers: only equal groups add up.")
         r = self.r if rank % self.r == 0 else rank
         return unscaled(self, r, num_experts=rank // r, share_layers=self.group_size, expert_mixing="concat")
+
+    @property
+    def parts(self) -> int:
+        return self.num_experts
 
     @property
     def group_size(self) -> int:

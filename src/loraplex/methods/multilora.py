@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_choice, check_count, unscaled
+from loraplex.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 
@@ -66,8 +66,12 @@ class MultiLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_modules", self.num_modules)
+        check_count("num_modules", self.num_modules, maximum=MOST_PARTS)
         check_choice("scaling_granularity", self.scaling_granularity, ("channel", "module"))
+
+    @property
+    def parts(self) -> int:
+        return self.num_modules
 
     def holding(self, rank: int, configs: list[AdapterConfig]) -> MultiLoraConfig:
         r = self.r if rank % self.r == 0 else rank

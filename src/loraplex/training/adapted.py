@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, load_peft_weights
 from transformers import PreTrainedModel, set_seed
 
-from loraplex.config import check_adapter_files
+from loraplex.adapter_files import check_adapter_files
 from loraplex.evaluate import Evaluator, Metrics
 from loraplex.training.arguments import config_class, method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
