@@ -45,8 +45,8 @@ class Factors(nn.Module, ABC):
         self.add_parameters(config)
 
     def _check_size(self, config: AdapterConfig) -> None:
-        # What can't be meant should not end in the allocator. A rank above the smaller dimension is only wasteful: one r
-        # for all layers may exceed the outputs of a router or a classifier.
+        # What can't be meant should not end in the allocator. A rank above the smaller dimension is only wasteful, and
+        # one r for all layers may exceed the outputs of a router or a classifier.
         largest = self.in_features + self.out_features
         if self.r > largest or self.r * config.parts > _FULL_RANKS * largest:
             times = f" in each of {config.parts} parts" if config.parts > 1 else ""
