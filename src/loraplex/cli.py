@@ -64,6 +64,14 @@ examples:
   loraplex export runs/multilora -o lora/multilora --max-error 0.01
   loraplex export runs/dual -o merged/dual --format merged"""
 
+_CACHE_HELP = """\
+Servers that load our folders through loraplex.to_plain find the plain LoRA here ($LORAPLEX_CACHE/plain). It holds at
+most $LORAPLEX_CACHE_GIB (20); the least recently used are removed first, and never what a running server holds.
+
+examples:
+  loraplex cache
+  loraplex cache clear"""
+
 _BUDGET_HELP = """\
 Nothing is loaded but the model's config. Without --match or --params each method is counted at its defaults and the
 settings below; with one of them r is what comes nearest. Settings hold for the methods that have them:
@@ -110,7 +118,7 @@ _OWN_OPTIONS = {
     "merge": {"--run", "--safe", "--calibration", "--dtype", "--force", "--output", "--json", "--debug", "--help"},
     "export": {
         *("--run", "--format", "--engine", "--compress", "--rank", "--max-error", "--dtype", "--calibration", "--safe"),
-        *("--force", "--output", "--json", "--debug", "--help"),
+        *("--force", "--output", "--remember", "--json", "--debug", "--help"),
     },
     "compare": {"--jobs", "--dry-run", "--report", "--debug", "--help"},
     "budget": {
@@ -188,7 +196,18 @@ def build_parser() -> argparse.ArgumentParser:
             "--calibration", nargs="*", metavar="DATA", help="data for MASA's mean gates; alone, the run's own"
         )
         command.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+        command.set_defaults(remember=False)
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    export.add_argument(
+        "--remember",
+        action="store_true",
+        help="write rank and mean gates into ADAPTER/loraplex.json: servers that load ADAPTER itself use them",
+    )
+
+    cache = add("cache", "list or clear the adapters that were converted for servers", _CACHE_HELP)
+    cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list", help="default: list")
+    cache.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     budget = add("budget", "plan parameters, memory and file size of each method from a model's config", _BUDGET_HELP)
     budget.add_argument("model", metavar="MODEL", help="hub id, local folder, or package:NAME; a config is enough")
@@ -361,6 +380,10 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
     rank = Rank(args.compress == "exact", args.rank, args.max_error)
     if args.format == "merged" and (rank != Rank() or args.engine != PORTABLE):
         raise ValueError("a merged model has no rank and suits every engine: leave --rank, --engine and the like out.")
+    if args.remember and (args.format == "merged" or (rank == Rank() and args.calibration is None)):
+        raise ValueError(
+            "--remember is for a LoRA's rank (--compress, --rank, --max-error) and --calibration: give one."
+        )
     return _write_export(args, overrides, format=args.format, engine=args.engine, rank=rank)
 
 
@@ -368,7 +391,7 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
     quiet()
     from loraplex.training.adapted import run_of
     from loraplex.training.config import parse_overrides
-    from loraplex.training.exporting import ExportJob, export_adapter
+    from loraplex.training.exporting import ExportJob, export_adapter, remember
     from loraplex.training.report import print_export
 
     run = run_of(
@@ -387,10 +410,27 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
         **settings,
     )
     export, calibration = export_adapter(args.adapter, run, job)
+    if args.remember:
+        remember(args.adapter, job, calibration)
     if args.json:
         _print_json({**export.to_dict(), "calibration": calibration.to_dict() if calibration else None})
     else:
         print_export(export, calibration)
+    return 0
+
+
+def _cache(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.plain_cache import PlainCache, print_entries
+
+    cache = PlainCache()
+    held = cache.clear() if args.action == "clear" else []
+    if held:
+        print(f"{len(held)} stay: running servers hold them", file=sys.stderr)
+    entries = held if args.action == "clear" else cache.entries()
+    if args.json:
+        _print_json({"folder": str(cache.root), "entries": [entry.to_dict() for entry in entries]})
+    else:
+        print_entries(cache, entries)
     return 0
 
 
@@ -510,7 +550,7 @@ def quiet(data: bool = True) -> None:
 
 _COMMANDS = {
     "train": _train, "eval": _eval, "compare": _study, "export": _export, "merge": _merge, "budget": _budget,
-    "inspect": _inspect,
+    "inspect": _inspect, "cache": _cache,
 }  # fmt: skip
 
 if __name__ == "__main__":

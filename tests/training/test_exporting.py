@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import helpers as h
+from loraplex import to_plain
 from loraplex.calibrate import calibrate
 from loraplex.cli import main
 from loraplex.training import exporting
@@ -345,6 +346,21 @@ def test_router_with_text(room, router, tmp_path, capsys):
     near(logits(base_of(tmp_path / "merged")), logits(stock(room / "llama", tmp_path / "own")))
     printed = text(capsys, "merge", adapter, "-o", tmp_path / "merged", "--calibration", data, "--force")
     assert f"{found['output_error']:.3g} of the adapter's effect on the outputs (held-out text)" in printed
+
+
+def test_remember(room, router, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
+    adapter, _, _ = router
+    message = error(capsys, "export", adapter, "-o", tmp_path / "out", "--remember")
+    assert "--remember is for a LoRA's rank" in message
+    data = json.dumps(entry(room, "more"))
+    run(capsys, "export", adapter, "-o", tmp_path / "out", "--calibration", data, "--remember")
+    h.assert_same(h.file_tensors(to_plain(adapter, room / "llama")), h.file_tensors(tmp_path / "out"))
+    put(room / "llama", tmp_path / "dual", "dual_lora")
+    run(capsys, "export", tmp_path / "dual", "-o", tmp_path / "two", "--rank", "2", "--remember")
+    assert json.loads((tmp_path / "dual" / "loraplex.json").read_text()) == {"format": 1, "rank": 2}
+    # The adapter names its base itself.
+    h.assert_same(h.file_tensors(to_plain(tmp_path / "dual")), h.file_tensors(tmp_path / "two"))
 
 
 @pytest.mark.parametrize(("eval_size", "seen", "held_out"), [(16, 64, 16), (6, 64, 6), (None, 48, 16)])

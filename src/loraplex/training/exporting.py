@@ -27,6 +27,7 @@ from loraplex.training.models import DTYPES, base_folder, load_tokenizer
 from loraplex.training.progress import note
 from loraplex.training.run import uses_chat
 from loraplex.updates import adapted
+from loraplex.wish import WEIGHTS_NAME, Wish, sha256_of
 
 _CALIBRATION_EXAMPLES = 64
 _BATCH = 4
@@ -74,6 +75,13 @@ def export_adapter(
     except OtherLayout as layout:
         note(f"{layout}: merging in memory")
     return _merge_in_memory(adapter, run, labels, job, found), found
+
+
+def remember(adapter: Path, job: ExportJob, calibration: Calibration | None) -> None:
+    """Write the job's rank and the mean gates beside the adapter, for `loraplex.to_plain`."""
+    weights = None if calibration is None else sha256_of(adapter / WEIGHTS_NAME)
+    gates = None if calibration is None else calibration.gates
+    Wish(job.rank.rank, job.rank.max_error, job.rank.exact, gates, weights).write(adapter)
 
 
 def _merge_in_memory(

