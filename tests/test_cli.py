@@ -51,7 +51,7 @@ def test_help_has_a_line_per_command(capsys):
         main(["--help"])
     assert end.value.code == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    for command in ("train", "eval", "merge", "budget", "inspect", "cache"):
+    for command in ("train", "eval", "merge", "budget", "inspect", "exec", "cache"):
         assert sum(line.startswith(f"{command} ") for line in lines) == 1
 
 

@@ -64,6 +64,15 @@ examples:
   loraplex export runs/multilora -o lora/multilora --max-error 0.01
   loraplex export runs/dual -o merged/dual --format merged"""
 
+_EXEC_HELP = """\
+PROGRAM is a console script of this environment, -m and a module, or a Python file. It runs in this process: arguments,
+exit code and signals are its own. Python processes that it starts know the methods too.
+
+examples:
+  loraplex exec lm_eval --model hf --model_args pretrained=BASE,peft=runs/masa --tasks hellaswag
+  loraplex exec accelerate launch train.py
+  loraplex exec -m my_package.serve --adapter runs/masa"""
+
 _CACHE_HELP = """\
 Servers that load our folders through loraplex.to_plain find the plain LoRA here ($LORAPLEX_CACHE/plain). It holds at
 most $LORAPLEX_CACHE_GIB (20); the least recently used are removed first, and never what a running server holds.
@@ -205,6 +214,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="write rank and mean gates into ADAPTER/loraplex.json: servers that load ADAPTER itself use them",
     )
 
+    program = add("exec", "run another Python program with the methods registered", _EXEC_HELP)
+    program.add_argument("program", metavar="PROGRAM", help="a console script, -m MODULE, or a Python file")
+    program.add_argument("arguments", metavar="ARG", nargs="*", help="its own arguments, passed on as they are")
+
     cache = add("cache", "list or clear the adapters that were converted for servers", _CACHE_HELP)
     cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list", help="default: list")
     cache.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -274,7 +287,11 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 / 143 for a signal."""
-    own, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) > 1 and argv[0] == "exec" and argv[1] not in ("-h", "--help", "--debug"):
+        # Before everything else: the options after it are not ours, nor are the program's errors.
+        return _exec(argv[1:])
+    own, overrides = split_overrides(argv)
     args = build_parser().parse_args(own)
     try:
         return _COMMANDS[args.command](args, overrides)
@@ -417,6 +434,17 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
     else:
         print_export(export, calibration)
     return 0
+
+
+def _exec(arguments: Sequence[str]) -> Any:
+    from loraplex.integrations.run_program import find_program
+
+    try:
+        run = find_program(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run()
 
 
 def _cache(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,23 @@ def test_our_metrics_are_the_harness_s(adapter, capsys):
         assert ours[model]["accuracy_norm"] == pytest.approx(theirs["choosing"][model]["acc_norm"])
         assert ours[model]["exact_match"] == pytest.approx(theirs["writing"][model]["exact_match"])
     assert ours["base"] != ours["adapted"]
+
+
+def test_the_harness_itself_loads_our_folder(adapter, capsys):
+    """`loraplex exec lm_eval` measures what `loraplex eval --harness` does, in a process of its own."""
+    folder = adapter.parent
+    capsys.readouterr()
+    assert main(["eval", str(adapter), "--harness", "choosing", "--harness-path", str(folder / "tasks"), "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)["tasks"]["choosing"]["adapted"]
+    command = [sys.executable, "-m", "loraplex", "exec", "lm_eval", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={folder / 'model'},peft={adapter},dtype=float32", "--tasks", "choosing"]
+    command += ["--include_path", str(folder / "tasks"), "--output_path", str(folder / "harness")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (report,) = (folder / "harness").rglob("results*.json")
+    theirs = json.loads(report.read_text())["results"]["choosing"]
+    assert theirs["acc,none"] == pytest.approx(ours["acc"])
+    assert theirs["acc_norm,none"] == pytest.approx(ours["acc_norm"])
 
 
 def test_limit_and_table(adapter, capsys):
