@@ -10,6 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import helpers as h
 import loraplex
@@ -672,6 +674,8 @@ def stack(method: str, layers: int = 3) -> PeftModel:
 
 # torch's own code instantiates an autograd.Function while tracing one.
 in_dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# It also asks every input for its gradient.
+in_dynamo_of_layers = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
 
 
 @in_dynamo
@@ -688,6 +692,55 @@ def test_compile(method: str) -> None:
     compiled(x).square().sum().backward()
     for name, p in h.adapter_parameters(model).items():
         torch.testing.assert_close(p.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+DEEP = 10
+"""Layers, and one merge fewer: more than torch.compile's limit of eight compilations of one function."""
+
+
+@in_dynamo
+@in_dynamo_of_layers
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize(("method", "by_layer"), [*((m, True) for m in METHODS), *((m, False) for m in PLAIN)])
+def test_compilations_stay_few(method: str, by_layer: bool, training: bool) -> None:
+    """However many layers and merges there are; and every merge shows in the compiled outputs and gradients."""
+    torch._dynamo.reset()
+    more = {"aslora": {"num_merges": DEEP - 1}, "dual_lora": {"warmup_steps": DEEP}}.get(method, {})
+    model = get_peft_model(h.Mlp(DEEP), config(method, target_modules=["up", "down"], **more))
+    fill(model, std=0.1)
+    counter, x = CompileCounterWithBackend("aot_eager" if training else "eager"), torch.randn(2, h.HIDDEN)
+    if by_layer:
+        for block in model.get_base_model().layers:
+            block.compile(fullgraph=True, backend=counter)
+    run = model if by_layer else torch.compile(model, fullgraph=True, backend=counter)
+
+    def outcome(compiled: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            y = (run if compiled else model)(x)
+            if training:
+                y.square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in h.adapter_parameters(model).items()} if training else {}
+        return {"output": y.detach(), **grads}
+
+    outputs = []
+    optimizer = torch.optim.SGD(h.adapter_parameters(model).values(), lr=0.0)
+    for _ in range(DEEP + 1):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            found, expected = outcome(True), outcome(False)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        outputs.append(found["output"])
+        for parameter in h.adapter_parameters(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    # The first layer's input needs no gradient, the others' do.
+    assert counter.frame_count <= (2 if by_layer else 1)
+    if method in ("aslora", "dual_lora"):
+        assert h.shared_state(model).finished()
+        assert not any(torch.equal(*two) for two in pairwise(outputs[1:] if method == "aslora" else outputs))
+    if method == "aslora":
+        assert set(shared_maps(model)["layers__N__up"]) == {DEEP - 1}
 
 
 # What evaluation without gradients keeps of the factors

@@ -211,7 +211,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.training and not self._engine_checked and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.training and not self._engine_checked:
             refuse_fsdp1()
             self._engine_checked = True
         if self._may_take_weight and (whole := self._forward_with_weight(x)) is not None:

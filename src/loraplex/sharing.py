@@ -8,7 +8,7 @@ of the adapted model, and layers hold an unregistered reference to its holder an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -51,8 +51,10 @@ class SharedFactors(nn.Module):
         self.add_shared(config, families)
         for name, family in families.items():
             for index, member in enumerate(family):
+                # On the CPU even where torch's default device is another, such as "meta" while a model is loaded.
+                place = torch.tensor([index], device="cpu")
                 # Through __dict__: a registered reference would make every layer own the shared factors.
-                member.factors.__dict__.update(shared=self, family=name, index=index)
+                member.factors.__dict__.update(shared=self, family=name, index=index, place=place)
 
     def add_shared(self, config: AdapterConfig, families: dict[str, list[Member]]) -> None:
         """Create and initialise what the families share."""
@@ -69,6 +71,15 @@ class SharedFactors(nn.Module):
             self._announced = True
             for factors in self.member_factors():
                 announce_reads(factors, self.read_by(factors))
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SharedFactors:
+        super()._apply(*args, **kwargs)
+        # Compiled layers select by `place` (see `select`): on their device, so that no forward waits for a copy.
+        like = next(chain(self.parameters(), self.buffers()), None)
+        for factors in self.member_factors():
+            if like is not None and not like.is_meta:
+                factors.__dict__["place"] = factors.__dict__["place"].to(like.device)
         return self
 
     def stale_parameters(self) -> list[str]:
@@ -275,6 +286,15 @@ def role(name: str, layers_pattern: list[str] | str | None = None) -> str:
     if span:
         name = f"{name[: span[0]]}N{name[span[1] :]}"
     return name.replace(".", "__")
+
+
+def select(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
+    """`tensors[index]` for an index `(1,)` that is data: a compiled graph serves every layer, and every ASLoRA merge.
+
+    torch.compile specialises a graph on the integers and names that it reads, and compiles anew for others, at most
+    eight times. The gradient of those that are not selected is zero.
+    """
+    return torch.stack(list(tensors)).index_select(0, index.to(tensors[0].device)).squeeze(0)
 
 
 def read(shared: SharedFactors, name: str, like: Tensor | Any) -> Tensor:

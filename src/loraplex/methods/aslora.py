@@ -25,7 +25,7 @@ from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.parallel import part, whole
 from loraplex.schedule import Scheduled, StateOf, Stepped
-from loraplex.sharing import Member, read
+from loraplex.sharing import Member, read, select
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,13 @@ class AsLoraShared(Scheduled):
         """The B that belongs to `layer`."""
         return getattr(self, f"{family}__lora_B_{layer}")
 
+    def all_B(self, family: str) -> list[nn.Parameter]:
+        """Every layer's own B, in use or not."""
+        return [self.B(family, layer) for layer in range(len(self.maps[family]))]
+
     def read_by(self, factors: AsLoraFactors) -> list[nn.Parameter]:  # type: ignore[override]
         # All B's of the family: ZeRO-3 records once which parameters a layer needs, and merges change that.
-        family = factors.family
-        A = self.get_parameter(f"{family}__lora_A")
-        return [A, *(self.B(family, layer) for layer in range(len(self.maps[family])))]
+        return [self.get_parameter(f"{factors.family}__lora_A"), *self.all_B(factors.family)]
 
     def owners(self, family: str) -> list[int]:
         """Layers whose own B is in use."""
@@ -277,6 +279,7 @@ class AsLoraFactors(Factors):
     shared: AsLoraShared
     family: str
     index: int
+    place: Tensor
 
     def add_parameters(self, config: AdapterConfig) -> None:
         pass
@@ -289,6 +292,9 @@ class AsLoraFactors(Factors):
     @property
     def lora_B(self) -> Tensor:
         """B_{m(l)} `(out, r)`."""
+        if torch.compiler.is_compiling():
+            owner = getattr(self.shared, f"{self.family}__merges")[0].index_select(0, self.place)
+            return select(self.shared.all_B(self.family), owner)
         own, owner = self.index, self.shared.maps[self.family][self.index]
         B = self.shared.B(self.family, owner)
         if owner == own or not torch.is_grad_enabled():

@@ -10,6 +10,7 @@ The paper's abstract does not fix how the experts' outputs are combined; `expert
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,19 +21,25 @@ from torch.nn.functional import linear
 from loraplex.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
-from loraplex.sharing import Member, SharedFactors, read
+from loraplex.sharing import Member, SharedFactors, select
 
 
 class MasaShared(SharedFactors):
     """The experts of each group of adjacent layers, stacked: A (n·r, in)."""
 
     def add_shared(self, config: MasaConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
+        self.num_groups: dict[str, int] = {}
         for name, family in families.items():
+            self.num_groups[name] = math.ceil(len(family) / config.group_size)
             for start in range(0, len(family), config.group_size):
                 first = family[start].factors
                 A = torch.empty(config.num_experts * first.r, first.in_features)
                 group = start // config.group_size
                 self.register_parameter(f"{name}__lora_A_{group}", nn.Parameter(kaiming_(A, fan_in=A.shape[1])))
+
+    def all_A(self, family: str) -> list[nn.Parameter]:
+        """The experts of each group of a family."""
+        return [getattr(self, f"{family}__lora_A_{group}") for group in range(self.num_groups[family])]
 
     def read_by(self, factors: MasaFactors) -> list[nn.Parameter]:  # type: ignore[override]
         return [self.get_parameter(factors.experts_name)]
@@ -44,6 +51,7 @@ class MasaFactors(Factors):
     shared: MasaShared
     family: str
     index: int
+    place: Tensor
 
     def add_parameters(self, config: MasaConfig) -> None:  # type: ignore[override]
         self.num_experts, self.mixing = config.num_experts, config.expert_mixing
@@ -64,11 +72,13 @@ class MasaFactors(Factors):
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
         """The group's experts `(n·r, in)`."""
-        return read(self.shared, self.experts_name, self.lora_B)
+        return self._stored_A.to(self.lora_B.device)
 
     @property
     def _stored_A(self) -> Tensor:
         """`lora_A` on the device where the bank holds it."""
+        if torch.compiler.is_compiling() and self.shared.num_groups[self.family] > 1:
+            return select(self.shared.all_A(self.family), self.place // self.group_size)
         return getattr(self.shared, self.experts_name)
 
     def experts(self) -> Tensor:
