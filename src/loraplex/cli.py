@@ -107,8 +107,9 @@ examples:
   loraplex compare configs/studies/quick.yaml --report"""
 
 # Options of the commands that take overrides; any other --option is one.
+_TRUST = {"--trust-remote-code", "--allow-code"}
 _OWN_OPTIONS = {
-    "train": {"--resume", "--dry-run", "--debug", "--help"},
+    "train": {"--resume", "--dry-run", "--trust-remote-code", "--debug", "--help"},
     "eval": {
         *(
             "--run",
@@ -122,17 +123,19 @@ _OWN_OPTIONS = {
             "--chat",
             "--json",
         ),
-        *("--debug", "--help"),
+        *("--debug", "--help", *_TRUST),
     },
-    "merge": {"--run", "--safe", "--calibration", "--dtype", "--force", "--output", "--json", "--debug", "--help"},
+    "merge": {
+        *("--run", "--safe", "--calibration", "--dtype", "--force", "--output", "--json", "--debug", "--help", *_TRUST),
+    },
     "export": {
         *("--run", "--format", "--engine", "--compress", "--rank", "--max-error", "--dtype", "--calibration", "--safe"),
-        *("--force", "--output", "--remember", "--json", "--debug", "--help"),
+        *("--force", "--output", "--remember", "--json", "--debug", "--help", *_TRUST),
     },
-    "compare": {"--jobs", "--dry-run", "--report", "--debug", "--help"},
+    "compare": {"--jobs", "--dry-run", "--report", "--trust-remote-code", "--debug", "--help"},
     "budget": {
         *("--methods", "--match", "--params", "--tokens", "--dtype", "--task", "--autocast"),
-        *("--json", "--debug", "--help"),
+        *("--trust-remote-code", "--json", "--debug", "--help"),
     },
 }
 
@@ -157,10 +160,24 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
+    def add_trust(command: argparse.ArgumentParser, folder: bool) -> None:
+        command.add_argument(
+            "--trust-remote-code", action="store_true", help="run the code that the model brings along"
+        )
+        if folder:
+            command.add_argument(
+                "--allow-code",
+                action="append",
+                default=[],
+                metavar="module:Class",
+                help="import the method that ADAPTER's own run.yaml names; repeatable",
+            )
+
     train = add("train", "train an adapter as a YAML file says", _TRAIN_HELP)
     train.add_argument("run", metavar="RUN.yaml", type=Path, help="the run's configuration")
     train.add_argument("--resume", action="store_true", help="continue from the last checkpoint in output_dir")
     train.add_argument("--dry-run", action="store_true", help="check the configuration, print it resolved, and stop")
+    add_trust(train, folder=False)
 
     evaluate = add("eval", "measure an adapter on held-out data, task by task", _EVAL_HELP)
     evaluate.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
@@ -180,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--fewshot", type=int, metavar="N", help="of the harness: examples in the prompt")
     evaluate.add_argument("--chat", action="store_true", help="of the harness: use the tokenizer's chat template")
     evaluate.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_trust(evaluate, folder=True)
 
     export = add("export", "write an adapter as a plain LoRA or a merged model that servers load", _EXPORT_HELP)
     export.add_argument("--format", choices=("lora", "merged"), default="lora", help="default: lora")
@@ -207,6 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
         command.set_defaults(remember=False)
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        add_trust(command, folder=True)
 
     export.add_argument(
         "--remember",
@@ -239,6 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--task", choices=("sft", "classification"), default="sft", help="default: sft")
     budget.add_argument("--autocast", action="store_true", help="the step runs under autocast, as train does on a GPU")
     budget.add_argument("--json", action="store_true", help="print JSON, sizes in bytes, instead of tables")
+    add_trust(budget, folder=False)
 
     compare = add("compare", "compare methods on your model and data, at one budget", _COMPARE_HELP)
     compare.add_argument("study", metavar="STUDY.yaml", type=Path, help="what to compare")
@@ -247,6 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check the study, print its methods and cells, and stop"
     )
     compare.add_argument("--report", action="store_true", help="only write the report, from the cells that have run")
+    add_trust(compare, folder=False)
 
     inspect = add("inspect", "show an adapter's parameters, sharing map and merge history")
     inspect.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a saved adapter")
@@ -263,6 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--method", metavar="M", help="the adapter's, where it is a class of your own: module:Class")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_trust(inspect, folder=True)
     return parser
 
 
@@ -275,6 +297,8 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         return list(argv), []
     rest = list(argv)
     while rest:
+        if rest[0] == "--trust-remote-code" and rest[1:2] and rest[1].lower() in ("true", "false"):
+            rest[:2] = [f"--trust_remote_code={rest[1]}"]  # with a value it is the run's key like any other
         argument = rest.pop(0)
         if not argument.startswith("--") or argument.partition("=")[0] in known:
             own.append(argument)
@@ -293,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exec(argv[1:])
     own, overrides = split_overrides(argv)
     args = build_parser().parse_args(own)
+    if args.command in _OWN_OPTIONS and args.trust_remote_code:
+        overrides += ["--trust_remote_code", "true"]
     try:
         return _COMMANDS[args.command](args, overrides)
     except KeyboardInterrupt:
@@ -370,14 +396,15 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     if args.harness is None:
         if args.harness_path or args.limit or args.fewshot or args.chat:
             raise ValueError("--harness-path, --limit, --fewshot and --chat belong to --harness: name its tasks.")
-        run = run_of(args.adapter, args.run, args.data, parse_overrides(overrides))
+        run = run_of(args.adapter, args.run, args.data, parse_overrides(overrides), allow_code=args.allow_code)
         report = evaluate_adapter(args.adapter, run, args.base, "test" if args.test else "eval")
     else:
         from loraplex.training.harness import Harness, evaluate_by_harness
 
         if args.data or args.test:
             raise ValueError("--harness brings its own data: leave --data and --test out.")
-        run = run_of(args.adapter, args.run, [], parse_overrides(overrides), data_option=None)
+        given = parse_overrides(overrides)
+        run = run_of(args.adapter, args.run, [], given, data_option=None, allow_code=args.allow_code)
         harness = Harness(args.harness.split(","), args.harness_path, args.limit, args.fewshot, args.chat)
         report = evaluate_by_harness(args.adapter, run, harness, args.base)
     if args.json:
@@ -417,6 +444,7 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
         [],
         parse_overrides(overrides),
         data_option="--calibration DATA" if args.calibration == [] else None,
+        allow_code=args.allow_code,
     )
     job = ExportJob(
         target=args.output,
@@ -517,13 +545,14 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if not args.adapter.is_dir():
         raise FileNotFoundError(f"adapter {args.adapter} is not a folder: give the folder of a saved adapter.")
+    typed: list[tuple[str, Any]] = [("trust_remote_code", True)] if args.trust_remote_code else []
     if args.method is not None:
         from loraplex.training.arguments import config_class
 
         config_class(args.method)
     description = describe(args.adapter)
     if args.against is not None:
-        description.against = _compare(args.adapter, args.against)
+        description.against = _compare(args.adapter, args.against, typed, args.allow_code)
     if args.plots is None:
         if args.with_data:
             raise ValueError("--with-data is for plots: give --plots DIR.")
@@ -537,8 +566,8 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     from loraplex.training.looking import analyse_adapter
     from loraplex.training.report import print_analysis
 
-    overrides_of_run = [] if args.method is None else [("method", args.method)]
-    analysis = analyse_adapter(args.adapter, args.with_data, overrides_of_run)
+    typed += [] if args.method is None else [("method", args.method)]
+    analysis = analyse_adapter(args.adapter, args.with_data, typed, args.allow_code)
     written = draw(analysis, args.plots)
     if args.json:
         _print_json({**description.to_dict(), "analysis": analysis.to_dict(), "plots": [str(path) for path in written]})
@@ -548,12 +577,12 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _compare(exported: Path, source: Path) -> dict[str, float]:
+def _compare(exported: Path, source: Path, typed: list[tuple[str, Any]], allow_code: Sequence[str]) -> dict[str, float]:
     quiet()
     from loraplex.plain import compare
     from loraplex.training.adapted import labels_of, load_on_skeleton, run_of
 
-    run = run_of(source, None, [], [], data_option=None)
+    run = run_of(source, None, [], typed, data_option=None, allow_code=allow_code)
     return compare(exported, load_on_skeleton(source, run, labels_of(source, run)))
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from loraplex.files import check_target, replaced_folder, write_tensors
+from loraplex.reading import file_name, read_json, shown
 from loraplex.sharing import BANK
 from loraplex.updates import Update, adapted
 
@@ -137,7 +139,7 @@ class _Plan:
                 self.files.setdefault(where[source] if source else max(where.values()), []).append(key)
 
     def read(self, file: str, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        with safe_open(self.base / file, framework="pt") as tensors:
+        with _opened(self.base / file) as tensors:
             for key in keys:
                 trained = self.trained.get(key)
                 yield key, trained.detach().cpu() if trained is not None else tensors.get_tensor(self.sources[key])
@@ -164,13 +166,35 @@ def _files(base: Path) -> dict[str, str]:
     """Tensor → file, as transformers reads it: one whole file, or else by the index."""
     whole, index = base / SAFE_WEIGHTS_NAME, base / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not whole.is_file():
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        return _indexed(index)
     files = [whole] if whole.is_file() else sorted(base.glob("*.safetensors"))
     where: dict[str, str] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
+        with _opened(file) as tensors:
             where |= dict.fromkeys(tensors.keys(), file.name)
     return where
+
+
+def _indexed(index: Path) -> dict[str, str]:
+    """The index's tensor → file; each file is one of the folder's own, for it is read there and written elsewhere."""
+    where = read_json(index, dict).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index} has no weight_map of tensors to files: copy or download it again.")
+    for file in {*map(str, where.values())}:
+        if not file_name(file, index).endswith(".safetensors"):
+            raise ValueError(f"{index} names the file {shown(file)}: weights are read from .safetensors files only.")
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{index} names the file {shown(file)}, which is missing: copy or download it again.")
+    return {key: str(file) for key, file in where.items()}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}): copy or download it again.") from None
 
 
 @torch.no_grad()
@@ -184,6 +208,11 @@ def merged_weight(
     # float64: what rounding takes from a float32 weight would not show in float32.
     delta = factors.delta_weight().double().cpu()
     delta = delta.T if layer.fan_in_fan_out else delta  # type: ignore[attr-defined]
+    if weight.shape != delta.shape or not weight.is_floating_point():
+        raise ValueError(
+            f"{key} is {tuple(weight.shape)} of {weight.dtype} in the base's files, and its update is "
+            f"{tuple(delta.shape)}: give the unquantised model that the adapter was trained on."
+        )
     total = delta + weight
     if safe and not total.isfinite().all():
         raise ValueError(f"{key} would hold NaN or Inf: the adapter is broken; load an earlier checkpoint.")
@@ -193,10 +222,27 @@ def merged_weight(
 
 
 def _copy_rest(base: Path, folder: Path) -> None:
-    """Tokenizer, generation settings, code: all files but the weights."""
+    """Tokenizer, generation settings, code: all files but the weights.
+
+    Raises:
+        ValueError: one is a link that leads out of the base's own files: what it points to might be anything.
+    """
     for path in base.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS):
+            if not is_own(path, base):
+                raise ValueError(
+                    f"{path} is a link to {os.path.realpath(path)}, outside of the base model: put the file itself "
+                    "there if it belongs to the model, or remove the link."
+                )
             shutil.copyfile(path, folder / path.name)
+
+
+def is_own(path: Path, base: Path) -> bool:
+    """Whether a file in the folder `base` lies in it, or where the hub's cache keeps the files of its snapshots."""
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(base))
+    # In the cache a snapshot's files are links: models--x/snapshots/REVISION/config.json → models--x/blobs/HASH.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    return real.is_relative_to(root) or real.is_relative_to(blobs)
 
 
 def _save_config(model: PeftModel, folder: Path, plan: _Plan, dtype: torch.dtype | None) -> None:

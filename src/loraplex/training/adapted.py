@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights
+from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, set_seed
 
 from loraplex.adapter_files import check_adapter_files
 from loraplex.evaluate import Evaluator, Metrics
+from loraplex.files import recover
+from loraplex.reading import message_of, read_json, shown
 from loraplex.training.arguments import config_class, method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
@@ -26,27 +30,38 @@ def run_of(
     data: list[str],
     overrides: list[tuple[str, Any]],
     data_option: str | None = "--data",
+    allow_code: Sequence[str] = (),
 ) -> RunConfig:
     """The run behind an adapter: `run_file`, or the `run.yaml` beside the adapter, or what its config says.
 
-    `data_option` is how the command takes data; None where it needs none.
+    Only what the user typed may name code that is run. `run_file` and `overrides` are typed. What lies in the adapter's
+    folder may come from anywhere: a `run.yaml` that asks for code is refused unless an override or `allow_code` names
+    the same.
+
+    Args:
+        adapter: folder of a saved adapter.
+        run_file: a run that the user named.
+        data: data sets that the user named, in place of the run's.
+        overrides: dotted keys and values from the command line.
+        data_option: how the command takes data; None where it needs none.
+        allow_code: `module:Class` that may be imported for the adapter.
 
     Raises:
-        ConfigError: no adapter there, no way to tell what data to use, or a wrong key.
+        ConfigError: no adapter there, no way to tell what data to use, a wrong key, or code that nobody allowed.
     """
+    recover(adapter)
     if not adapter.is_dir():
         raise ConfigError(f"adapter {adapter} is not a folder: give the folder that holds adapter_config.json.")
     check_adapter_files(str(adapter))
+    for name in allow_code:
+        if ":" not in name:
+            raise ConfigError(f"--allow-code {name}: write module:Class, as in the run's method.")
+        config_class(name)
     beside = _beside(adapter, RUN_NAME)
     path = run_file or beside
     known = run_file is not None or path.is_file()
-    chosen = dict(overrides).get("method")
-    tree = read_yaml(path) if known else _tree_from_adapter(adapter, chosen)
-    if run_file is None and ":" in str(tree.get("method")) and chosen is None:
-        # What lies in an adapter's folder may come from anywhere.
-        raise ConfigError(
-            f"{path} names code to import, method: {tree['method']}. If you trust it, say so: --method {tree['method']}"
-        )
+    given = dict(overrides)
+    tree = read_yaml(path) if known else _tree_from_adapter(adapter, given.get("method"))
     if data:
         tree["data"] = [data_entry(text) for text in data]
     for key, value in overrides:
@@ -57,7 +72,24 @@ def run_of(
                 f"{beside} does not exist, so it is not known what data to use: give {data_option} or --run."
             )
         tree["data"] = [{"path": "-"}]
-    return build_run(tree, str(path) if known else "adapter_config.json", {key for key, _ in overrides})
+    run = build_run(tree, str(path) if known else "adapter_config.json", set(given))
+    if run_file is None:
+        _check_code(run, path, {*given}, allow_code)
+    return run
+
+
+def _check_code(run: RunConfig, path: Path, typed: set[str], allow_code: Sequence[str]) -> None:
+    """Refuse code that only the adapter's own folder names."""
+    if ":" in run.method and "method" not in typed and run.method not in allow_code:
+        raise ConfigError(
+            f"{path} names code to import, method: {run.method}. Only what you type may do that. If you trust it: "
+            f"--allow-code {run.method}"
+        )
+    if run.trust_remote_code and "trust_remote_code" not in typed:
+        raise ConfigError(
+            f"{path} asks for the code that {run.model} brings along, trust_remote_code: true. Only what you type may "
+            "do that. If you trust it: --trust-remote-code"
+        )
 
 
 def _beside(adapter: Path, name: str) -> Path:
@@ -68,14 +100,35 @@ def _beside(adapter: Path, name: str) -> Path:
 
 def _tree_from_adapter(adapter: Path, method: str | None) -> dict[str, Any]:
     config = adapter_json(adapter)
-    method = method or method_of(config["peft_type"])
-    config_class(method)
+    if method is None:
+        method = method_of(config["peft_type"])
+        config_class(method)  # no code: the type's name holds no ":"
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{adapter}: base_model_name_or_path is {shown(base)}, not a name: give --model.")
     task = "classification" if config.get("task_type") == "SEQ_CLS" else "sft"
-    return {"model": config["base_model_name_or_path"], "method": method, "task": task, "output_dir": str(adapter)}
+    # Without a base model the error is that of a missing key, which names --model.
+    return {"model": base, "method": method, "task": task, "output_dir": str(adapter)} if base else {
+        "method": method, "task": task, "output_dir": str(adapter)
+    }  # fmt: skip
 
 
 def adapter_json(adapter: Path) -> dict[str, Any]:
-    return dict(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")))
+    """What `adapter_config.json` says: a mapping whose `peft_type` is a plain name.
+
+    Raises:
+        ConfigError: it is not, or it asks PEFT for more than an adapter's own tensors.
+    """
+    path = adapter / CONFIG_NAME
+    settings: dict[str, Any] = read_json(path, dict)
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or not re.fullmatch(r"\w+", kind, re.ASCII):
+        raise ConfigError(f'{path}: peft_type is {shown(kind)}, not the name of an adapter type such as "LORA".')
+    if settings.get("megatron_config"):
+        raise ConfigError(f"{path} has a megatron_config, for which PEFT imports code: remove it, or load it yourself.")
+    if kind == "XLORA":
+        raise ConfigError(f"{path} is an X-LoRA adapter, which names other folders to load: load it with PEFT.")
+    return settings
 
 
 def data_entry(text: str) -> dict[str, Any]:
@@ -122,11 +175,15 @@ def load_on_skeleton(adapter: Path, run: RunConfig, label_names: list[str] | Non
 
 def _adapted(base: PreTrainedModel, adapter: Path, run: RunConfig, **options: Any) -> PeftModel:
     config_class(run.method)  # a method from the user's own module is registered by its import
+    adapter_json(adapter)
     try:
         return PeftModel.from_pretrained(base, str(adapter), **options)
-    except (RuntimeError, KeyError) as error:
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # PEFT checks little of a config before it computes with it: a broken one ends in any kind of error.
         raise ConfigError(
-            f"{adapter} does not fit {run.model}: {error}. Give its own base model with --model."
+            f"{adapter} does not fit {run.model}: {message_of(error)}. Give its own base model with --model."
         ) from error
 
 
@@ -137,7 +194,10 @@ def labels_of(adapter: Path, run: RunConfig) -> list[str] | None:
     path = _beside(adapter, LABELS_NAME)
     if not path.is_file():
         raise ConfigError(f"{path} is missing: write the classes into it, in order, as a JSON list.")
-    return list(json.loads(path.read_text(encoding="utf-8")))
+    names = read_json(path, list, "write the classes into it, in order, as a JSON list")
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ConfigError(f"{path} holds {shown(names)}: it must list the classes, in order, each once and as text.")
+    return list(names)
 
 
 def evaluate_adapter(

@@ -25,7 +25,12 @@ def is_known(adapter: Path, method: str) -> bool:
     return issubclass(cls, AdapterConfig) or (cls is LoraConfig and not adapter_json(adapter).get("use_dora"))
 
 
-def analyse_adapter(adapter: Path, with_data: bool | None, overrides: Sequence[tuple[str, Any]] = ()) -> Analysis:
+def analyse_adapter(
+    adapter: Path,
+    with_data: bool | None,
+    overrides: Sequence[tuple[str, Any]] = (),
+    allow_code: Sequence[str] = (),
+) -> Analysis:
     """Look into a saved adapter. Base weights are loaded only with data.
 
     Args:
@@ -33,6 +38,7 @@ def analyse_adapter(adapter: Path, with_data: bool | None, overrides: Sequence[t
         with_data: run up to 64 held-out examples of each of its run's tasks, to see which experts a router uses;
             None: where there is a router.
         overrides: of its run.
+        allow_code: `module:Class` that may be imported for it.
 
     Raises:
         ConfigError: `with_data` without a router, or without a run.yaml that says what data to use.
@@ -44,7 +50,8 @@ def analyse_adapter(adapter: Path, with_data: bool | None, overrides: Sequence[t
         raise ConfigError(f"{adapter} has no router, whose gates depend on the data: leave --with-data out.")
     if config["peft_type"] == "LORA":
         return analyse_lora(str(adapter))
-    run = run_of(adapter, None, [], list(overrides), data_option="a run.yaml beside it" if with_data else None)
+    option = "a run.yaml beside it" if with_data else None
+    run = run_of(adapter, None, [], list(overrides), data_option=option, allow_code=allow_code)
     if not with_data:
         return analyse(load_on_skeleton(adapter, run, labels_of(adapter, run)))
     tokenizer, tasks = load_data(run)

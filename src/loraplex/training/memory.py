@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,26 +15,8 @@ from loraplex.training.budgeting import BudgetJob, BudgetReport, plan_methods
 from loraplex.training.callbacks import ProgressLine
 from loraplex.training.checkpoints import RUN_NAME, checkpoints
 from loraplex.training.config import METHODS, RunConfig
+from loraplex.training.out_of_memory import OutOfMemory, is_out_of_memory
 from loraplex.training.report import size_text, step_parts
-
-Phase = Literal["start", "step", "evaluation"]
-# The CPU's allocator raises plain RuntimeErrors, and so do libraries that an accelerator gives nothing.
-_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")
-
-
-class OutOfMemory(RuntimeError):
-    """Memory ran out in a training step (counted from 1), or in the evaluation after a step."""
-
-    def __init__(self, phase: Phase, step: int) -> None:
-        super().__init__(f"out of memory in {'step' if phase == 'step' else 'the evaluation after step'} {step}")
-        self.phase = phase
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a CPU or an accelerator."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError, OutOfMemory)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
 @contextmanager

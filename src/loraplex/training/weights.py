@@ -40,12 +40,16 @@ def cached_gguf(path: Path) -> Path:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'. Fetch it again")
-    return build_once(f"{path.stem}-{_sha256(path)}", lambda folder: _dequantise(path, folder))
+    return build_once(f"{path.stem[:100]}-{_sha256(path)}", lambda folder: _dequantise(path, folder))
 
 
 def _dequantise(path: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file into `folder`, weights as float32."""
-    place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if (path.parent / "adapter_config.json").is_file():
+        # transformers would load the adapter too, and the base model that it names.
+        raise ValueError(f"{path.parent} holds an adapter beside the GGUF file: put the file into another folder")
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    place["trust_remote_code"] = False
     options = place | _dequantise_option() | {"dtype": torch.float32, "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
