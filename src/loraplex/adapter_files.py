@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from loraplex.field_types import shown
+from loraplex.reading import read_json
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -22,18 +23,11 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = os.path.join(folder, CONFIG_NAME)
     again = "copy or download the adapter again"
     try:
-        with open(path, encoding="utf-8") as file:
-            settings = json.load(file)
+        settings: dict[str, Any] = read_json(Path(path), dict, again)
     except FileNotFoundError:
         raise ValueError(f"{os.fspath(folder)} holds no adapter: {CONFIG_NAME} is missing.") from None
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): {again}.") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply: {again}.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds {shown(settings)}, not a mapping of settings: {again}.")
     kind = settings.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch(r"\w+", kind, re.ASCII):
         raise ValueError(

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex.exchange import exchange
-from loraplex.reading import shown
+from loraplex.field_types import shown
 
 if sys.platform != "win32":
     import fcntl

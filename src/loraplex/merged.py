@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from loraplex.field_types import shown
 from loraplex.files import check_target, replaced_folder, write_tensors
-from loraplex.reading import file_name, read_json, shown
+from loraplex.reading import file_name, read_json
 from loraplex.sharing import BANK
 from loraplex.updates import Update, adapted
 
@@ -166,7 +167,10 @@ def _files(base: Path) -> dict[str, str]:
     """Tensor → file, as transformers reads it: one whole file, or else by the index."""
     whole, index = base / SAFE_WEIGHTS_NAME, base / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not whole.is_file():
-        return _indexed(index)
+        named = indexed(index)
+        if missing := sorted(file for file in {*named.values()} if not (base / file).is_file()):
+            raise ValueError(f"{index} names {', '.join(missing[:3])}, not there: copy or download it again.")
+        return named
     files = [whole] if whole.is_file() else sorted(base.glob("*.safetensors"))
     where: dict[str, str] = {}
     for file in files:
@@ -175,17 +179,19 @@ def _files(base: Path) -> dict[str, str]:
     return where
 
 
-def _indexed(index: Path) -> dict[str, str]:
-    """The index's tensor → file; each file is one of the folder's own, for it is read there and written elsewhere."""
+def indexed(index: Path) -> dict[str, str]:
+    """A checkpoint's index: tensor → the file of the folder that holds it.
+
+    Raises:
+        ValueError: it is no such index, or names anything but safetensors files of its own folder.
+    """
     where = read_json(index, dict).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{index} has no weight_map of tensors to files: copy or download it again.")
-    for file in {*map(str, where.values())}:
+    for file in where.values():
         if not file_name(file, index).endswith(".safetensors"):
             raise ValueError(f"{index} names the file {shown(file)}: weights are read from .safetensors files only.")
-        if not (index.parent / file).is_file():
-            raise ValueError(f"{index} names the file {shown(file)}, which is missing: copy or download it again.")
-    return {key: str(file) for key, file in where.items()}
+    return where
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from loraplex.field_types import shown
 
 MAX_BYTES = 64 * 2**20
 """Size of a JSON file that is read at all; the index of the largest checkpoints has a few MiB."""
@@ -24,14 +25,6 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 # Control characters, those that reorder text, line separators, and halves of surrogate pairs: a terminal obeys some of
 # them, and others hide what a name says.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-_show = reprlib.Repr()
-_show.maxstring = _show.maxother = 200
-_show.maxlong = 60
-
-
-def shown(value: object) -> str:
-    """`repr(value)`, and of a large value only its beginning."""
-    return _show.repr(value)
 
 
 def printable(text: str) -> str:

@@ -50,7 +50,7 @@ COMMANDS = {
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["loraplex.training.exporting", "loraplex.training.looking", "loraplex.training.report"])
+_context.set_forkserver_preload([f"loraplex.training.{name}" for name in ("exporting", "looking", "report")])
 
 
 def _in_folder(folder: Path, arguments: list[str], log: Path) -> None:
@@ -117,7 +117,7 @@ def refused(folder: Path, command: list[str], *said: str) -> None:
 
 
 @every_command
-@pytest.mark.parametrize("kind", ["adapter.evil:Config", "evil:Config", "evil", ["evil:Config"], 5, None])
+@pytest.mark.parametrize("kind", ["adapter.evil:Config", ["evil:Config"], None])
 def test_the_type_of_an_adapter_names_no_code(folder: Path, command: str, kind: object) -> None:
     edit(folder / "adapter", peft_type=kind)
     extra = ["--data", "x.jsonl"] if command == "eval" else []
@@ -135,11 +135,8 @@ def test_a_run_in_the_folder_names_no_method(room: Path, folder: Path, command: 
 
 
 @every_command
-@pytest.mark.parametrize("trust", [True, "yes", 1])
-@pytest.mark.parametrize("place", ["adapter", "checkpoint-3"])
-def test_a_run_in_the_folder_trusts_no_model(
-    room: Path, folder: Path, command: str, place: str, trust: object
-) -> None:
+@pytest.mark.parametrize(("place", "trust"), [("adapter", True), ("checkpoint-3", "yes")])
+def test_a_run_in_the_folder_trusts_no_model(room: Path, folder: Path, command: str, place: str, trust: object) -> None:
     with_code(room, folder / "adapter" / "base")
     settings = {"model": f"./{place}/base", "trust_remote_code": trust}
     write_run(room, folder / "adapter" if place == "adapter" else folder, **settings)

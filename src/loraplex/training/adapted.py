@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +11,11 @@ from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, set_seed
 
-from loraplex.adapter_files import check_adapter_files
+from loraplex.adapter_files import check_adapter_files, read_settings
 from loraplex.evaluate import Evaluator, Metrics
+from loraplex.field_types import shown
 from loraplex.files import recover
-from loraplex.reading import message_of, read_json, shown
+from loraplex.reading import message_of, read_json
 from loraplex.training.arguments import config_class, method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
@@ -117,16 +117,12 @@ def adapter_json(adapter: Path) -> dict[str, Any]:
     """What `adapter_config.json` says: a mapping whose `peft_type` is a plain name.
 
     Raises:
-        ConfigError: it is not, or it asks PEFT for more than an adapter's own tensors.
+        ValueError: it is not, or it asks PEFT for more than an adapter's own tensors.
     """
-    path = adapter / CONFIG_NAME
-    settings: dict[str, Any] = read_json(path, dict)
-    kind = settings.get("peft_type")
-    if not isinstance(kind, str) or not re.fullmatch(r"\w+", kind, re.ASCII):
-        raise ConfigError(f'{path}: peft_type is {shown(kind)}, not the name of an adapter type such as "LORA".')
+    path, settings = adapter / CONFIG_NAME, read_settings(adapter)
     if settings.get("megatron_config"):
         raise ConfigError(f"{path} has a megatron_config, for which PEFT imports code: remove it, or load it yourself.")
-    if kind == "XLORA":
+    if settings["peft_type"] == "XLORA":
         raise ConfigError(f"{path} is an X-LoRA adapter, which names other folders to load: load it with PEFT.")
     return settings
 

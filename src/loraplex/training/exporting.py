@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from loraplex.calibrate import Calibration, calibrate
 from loraplex.engines import PORTABLE
 from loraplex.export import LoraExport, Rank, export_lora
-from loraplex.files import check_target, replaced_folder
+from loraplex.files import check_target, place_of, replaced_folder
 from loraplex.merged import MergedExport, OtherLayout, merge_checkpoint, merged_weight
 from loraplex.methods.masa import MasaFactors
 from loraplex.model import tied_layers
@@ -61,6 +61,7 @@ def export_adapter(
         ValueError: the target is not empty, or the adapter can't be exported as asked.
     """
     check_target(job.target, job.force)
+    _check_sources(job.target, [adapter, Path(run.model).expanduser()])
     _check_calibration(adapter, job.calibration is not None)
     labels = labels_of(adapter, run)
     found = None if job.calibration is None else _calibrate(adapter, run, labels, job.calibration)
@@ -120,6 +121,14 @@ def _dtype(job: ExportJob) -> torch.dtype | None:
     dtype = None if job.dtype is None else DTYPES[job.dtype]
     assert not isinstance(dtype, str)
     return dtype
+
+
+def _check_sources(target: Path, sources: list[Path]) -> None:
+    """Refuse to replace a folder that holds what the export is made from."""
+    place = place_of(target)
+    for source in sources:
+        if source.exists() and place in (*place_of(source).parents, place_of(source)):
+            raise ConfigError(f"{target} holds {source}, which the export is made from: choose another folder.")
 
 
 def _check_calibration(adapter: Path, given: bool) -> None:

@@ -20,9 +20,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from typing_extensions import TypedDict, Unpack
 
-from loraplex.reading import file_name, message_of, read_json, relative_path, shown
+from loraplex.field_types import shown
+from loraplex.merged import indexed
+from loraplex.reading import file_name, message_of, read_json, relative_path
 from loraplex.training.out_of_memory import is_out_of_memory
 from loraplex.training.packages import PACKAGE_PREFIX
 from loraplex.training.spec import Kind
@@ -194,6 +197,8 @@ def _check_base(folder: Path) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return
+    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        indexed(index)
     config = read_json(file, dict)
     if (folder / "adapter_config.json").is_file():
         # transformers would go on to load it, and the base model that it names, in place of this one.
