@@ -721,18 +721,18 @@ def test_skipped_step_is_not_seen() -> None:
 
 
 def test_dead_models_are_not_watched() -> None:
-    """Schedules are held weakly: a deleted model is no longer stepped or warned about (schedule.py)."""
+    """Schedules are held weakly: a deleted model is no longer stepped or warned about (optimizer_steps)."""
     import gc
 
-    from loraplex import schedule
+    from loraplex import optimizer_steps
 
     gc.collect()
-    before = len(schedule._scheduled)
+    before = len(optimizer_steps._followers)
     model = get_peft_model(ARCHS["llama"].build(), config("dual_lora"))
-    assert len(schedule._scheduled) == before + 1
+    assert len(optimizer_steps._followers) == before + 1
     del model
     gc.collect()
-    assert len(schedule._scheduled) == before
+    assert len(optimizer_steps._followers) == before
 
 
 def test_callback_events() -> None:

@@ -165,7 +165,7 @@ def _add_shared(description: Description, shared: dict[str, Tensor], config: dic
         if factor == "merges":
             description.merges += [
                 Merge(step, family, layer, int(tensor[0, layer]))
-                for layer, step in enumerate(tensor[1].tolist())
+                for layer, step in enumerate(tensor[1, :-1].tolist())  # the last: see AsLoraShared
                 if step
             ]
         elif factor == "warmup":

@@ -5,7 +5,8 @@ from loraplex.export import LoraExport, Rank, export_lora
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
 from loraplex.parallel import gathered_state_dict
 from loraplex.registry import add_adapter, load_adapter
-from loraplex.schedule import ScheduleCallback, load_schedules, save_schedules, set_total_steps, step
+from loraplex.schedule import load_schedules, save_schedules, set_total_steps, step
+from loraplex.schedule_callback import ScheduleCallback
 
 __all__ = [
     "AsLoraConfig",

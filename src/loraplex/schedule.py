@@ -1,71 +1,69 @@
 """What changes as training advances: ASLoRA's merges and Dual LoRA's warm-up.
 
-A schedule advances once per optimizer step, by itself: torch tells about every optimizer's step, and a step belongs
-to an adapter when the optimizer holds its parameters. Under gradient accumulation that is once per update; a step
-that a gradient scaler skips does not count. Engines that flatten parameters hide them: there `ScheduleCallback` or
-`loraplex.step(model)` advances the schedule, and a run that goes on without it is stopped with an error.
+A schedule advances once per update, by itself: torch tells of every optimizer's step (`optimizer_steps`), and an update
+is complete when all optimizers that hold the adapter's parameters have stepped. Under gradient accumulation that is
+once per update; a step that a gradient scaler skips does not count. Engines that flatten parameters hide them: there
+`ScheduleCallback` or `loraplex.step(model)` advances the schedule, and a run that goes on without is stopped with an
+error (`hidden_optimizer`).
 
 What belongs to the adapter (merge map, warm-up step) is in its state dict, so that weights and map can't part. What
 belongs to training (ASLoRA's running averages) is in `optimizer.state[parameter]`, which every trainer saves; where
-parameters are sharded or the optimizer is hidden, each rank keeps its part, and checkpoints hold a file of their own.
+parameters are sharded, the optimizer is hidden or its state is split over ranks, each rank keeps what it needs, and
+checkpoints hold a file of their own.
 """
 
 from __future__ import annotations
 
-import gc
-import logging
-import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loraplex.files import write_tensors
+from loraplex.hidden_optimizer import Watch
+from loraplex.optimizer_steps import follow, holds
 from loraplex.parallel import cut, is_sharded, part, whole
 from loraplex.sharing import FactorBank, SharedFactors
 
-logger = logging.getLogger(__name__)
-
-StateOf = Callable[[nn.Parameter], "dict[str, Any] | None"]
-Stepped = Callable[[nn.Parameter], bool]
+StateOf = Callable[[nn.Parameter], dict[str, Any]]
 
 SCHEDULE_NAME = "schedule.safetensors"
-_MISSED_STEPS = 3
-"""Foreign optimizer steps, each after a backward pass through an adapter, that prove its own optimizer is hidden."""
-_BACKWARDS_WITHOUT_STEP = 4096
-"""Backward passes without any optimizer step in sight; more than any gradient accumulation."""
-
-_scheduled: weakref.WeakSet[Scheduled] = weakref.WeakSet()
 
 
 class Scheduled(SharedFactors):
-    """Shared factors with a schedule. A method says which parameters it trains and what a step changes."""
+    """Shared factors with a schedule. A method says which parameters it trains and what an update changes."""
 
     def __init__(self, *args: Any) -> None:
         self.total_steps: int | None = None
-        self._backwards = self._missed = 0
         self._private_state: dict[str, dict[str, Any]] = {}
         self._follow_nothing()
         super().__init__(*args)
-        _scheduled.add(self)
+        first = next(self.member_factors())
+        # Casts, loading and sharding put new parameters in place, and a loop need not call train().
+        first.register_forward_pre_hook(self._before_forward)
+        follow(self)
+        self._arm()
 
     def _follow_nothing(self) -> None:
-        self._optimizers: list[weakref.ref[Optimizer]] = []
-        self._watched: Callable[[], nn.Parameter | None] = lambda: None
+        self._watch = Watch(self)
+        self._homes: dict[int, weakref.ref[Optimizer] | None] = {}
+        self._stepped: set[int] = set()
+        self._absent: set[int] = set()
+        self._last_told = self._last_seen = self._in_backward = False
+        self._seen_since_told: set[int] = set()
+        self.has_advanced = False
 
     @abstractmethod
-    def trained(self) -> list[nn.Parameter]:
+    def trained(self) -> Iterator[nn.Parameter]:
         """Parameters by which the adapter's optimizer is recognised; the first is watched for backward passes."""
 
     def is_trained(self) -> bool:
@@ -73,12 +71,11 @@ class Scheduled(SharedFactors):
         return any(p.requires_grad for p in self.trained())
 
     @abstractmethod
-    def advance(self, state_of: StateOf, stepped: Stepped) -> None:
-        """One optimizer step was taken.
+    def advance(self, state_of: StateOf) -> None:
+        """One update was made.
 
         Args:
-            state_of: the optimizer's state of a parameter, None if no optimizer is known to hold it.
-            stepped: whether the optimizer that took the step holds a parameter; a run may have several.
+            state_of: where the training state of a parameter is kept: the optimizer's, or the schedule's own.
         """
 
     @abstractmethod
@@ -99,50 +96,117 @@ class Scheduled(SharedFactors):
             return value
         return max(1, round(value * self.total_steps)) if self.total_steps else None
 
-    def step(self, optimizer: Optimizer | None = None) -> None:
-        """Advance by one optimizer step; without an optimizer the training state is kept in memory only."""
+    # Which steps make an update
+
+    def is_held(self, held: set[int]) -> bool:
+        """Whether a parameter that is trained is among these ids."""
+        return any(p.requires_grad and id(p) in held for p in self.trained())
+
+    def known_optimizers(self) -> Iterator[Optimizer]:
+        """The optimizers that were seen to step the adapter's parameters, as far as they live."""
+        refs = {ref for ref in self._homes.values() if ref is not None}
+        yield from (optimizer for ref in refs if (optimizer := ref()) is not None)
+
+    def saw_step(self, optimizer: Optimizer, inner: list[Optimizer], idle: bool) -> None:
+        """An optimizer that holds trained parameters has stepped; the update may consist of several such steps."""
+        in_backward = self._complete_after_backward()
+        if idle and not (self._watch.fresh or self._stepped or in_backward):
+            return
+        self._note_homes(optimizer, inner)
+        if self._last_told and not self._watch.fresh and id(optimizer) not in self._seen_since_told:
+            # loraplex.step(model) was called before the step that it told of.
+            self._seen_since_told.add(id(optimizer))
+            self._last_seen = True
+            return
+        held = holds(optimizer)
+        stepped = {id(p) for p in self.trained() if p.requires_grad and id(p) in held}
+        if self._stepped and (stepped & self._stepped or (self._watch.fresh and not in_backward)):
+            self._complete()  # the update before, in which others did not step
+        self._stepped |= stepped
+        self._last_seen, self._in_backward = True, in_backward
+        self._watch.counted()
+        if not in_backward and not self._is_waiting():
+            self._complete()
+
+    def _complete_after_backward(self) -> bool:
+        """Whether a backward pass is going on, in whose course one optimizer steps for each layer; then at its end."""
+        try:
+            Variable._execution_engine.queue_callback(partial(_complete, weakref.ref(self)))
+        except RuntimeError:
+            return False
+        return True
+
+    def _is_waiting(self) -> bool:
+        """Whether another optimizer has yet to step: a parameter that used to be stepped still has its gradient."""
+        return any(
+            p.requires_grad and p.grad is not None and id(p) not in self._stepped and id(p) not in self._absent
+            for p in self.trained()
+        )
+
+    def complete_update(self) -> None:
+        """All optimizers have stepped that belong to the update."""
+        if self._stepped:
+            self._complete()
+
+    def _complete(self) -> None:
+        self._absent = {id(p) for p in self.trained()} - self._stepped
+        self._stepped = set()
+        self._last_told = False
+        self._watch.counted()
+        self._advance()
+
+    def step(self) -> None:
+        """Advance by one update, as told; if its step was seen, it was counted already."""
+        if self._last_seen and not self._watch.fresh:
+            self.complete_update()
+            self._last_seen = False
+            return
+        self.complete_update()
+        self._last_told, self._last_seen = True, False
+        self._seen_since_told = set()
+        self._watch.counted()
+        self._advance()
+
+    def _advance(self) -> None:
         if self.last_step() is None and not self.finished():
             raise RuntimeError(
                 f"{self.describe()} is a fraction of the run, but the run's length is unknown. Remedy: pass "
                 "callbacks=[loraplex.ScheduleCallback()] to the trainer, call loraplex.set_total_steps(model, steps) "
                 "before training, or give steps as integers."
             )
-        self._backwards = self._missed = 0
+        self.has_advanced = True
+        names = {id(p): name for name, p in self.named_parameters()}
         with torch.no_grad():
-            if optimizer is None:
-                self.advance(self._own_state, lambda _: True)
-            else:
-                # The latest first: a new optimizer takes over from one that happens to live on.
-                others = [known for known in self._optimizers if known() not in (None, optimizer)]
-                self._optimizers = [weakref.ref(optimizer), *others]
-                held = _held(optimizer)
-                self.advance(self._optimizer_state, lambda parameter: id(parameter) in held)
+            self.advance(lambda parameter: self._state_of(parameter, names[id(parameter)]))
 
-    def _optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any] | None:
-        known = (optimizer() for optimizer in self._optimizers)
-        # Its state is asked first: to look through all groups for each of hundreds of parameters takes milliseconds.
-        found = next(
-            (
-                o.state[parameter]
-                for o in known
-                if o is not None and (parameter in o.state or id(parameter) in _held(o))
-            ),
-            None,
-        )
-        if found is None or is_sharded(parameter):
-            # Not in a sharded optimizer's state: distributed checkpoints drop the keys that torch does not know.
-            return None if found is None else self._own_state(parameter)
-        if found and self._private_state:
-            # From a checkpoint of an engine that hides its optimizer, or shards it.
-            found.update(self._private_state.pop(self._name_of(parameter), {}))
-        return found
+    # Where its state is kept
 
-    def _own_state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        # Not empty, as an optimizer's state is not once the parameter has been trained.
-        return self._private_state.setdefault(self._name_of(parameter), {"explicit": True})
+    def _note_homes(self, optimizer: Optimizer, inner: list[Optimizer]) -> None:
+        """Find the optimizer in whose state each parameter's is saved: of nested ones the inner."""
+        outer = holds(optimizer)
+        mine = {id(p) for p in self.trained() if id(p) in outer}
+        home: dict[int, weakref.ref[Optimizer] | None] = {}
+        for candidate in inner:
+            home.update({i: weakref.ref(candidate) for i in holds(candidate) & mine if i not in home})
+        if not home:
+            home = dict.fromkeys(mine, weakref.ref(optimizer))
+        elif len(home) < len(mine):
+            # The inner one holds a part, as ZeroRedundancyOptimizer's on each rank. All ranks need all averages.
+            home = dict.fromkeys(mine, None)
+        self._homes.update(home)
 
-    def _name_of(self, parameter: nn.Parameter) -> str:
-        return next(name for name, p in self.named_parameters() if p is parameter)
+    def _state_of(self, parameter: nn.Parameter, name: str) -> dict[str, Any]:
+        ref = self._homes.get(id(parameter))
+        home = None if ref is None else ref()
+        # Not in a sharded optimizer's state: distributed checkpoints drop the keys that torch does not know.
+        if home is not None and not is_sharded(parameter):
+            state = home.state[parameter]
+            # Optimizers initialise a parameter's state at its first gradient, and only if it is empty.
+            if state or parameter.grad is not None:
+                # From a checkpoint of an engine that hides its optimizer, or shards it.
+                state.update(self._private_state.pop(name, {}))
+                return state
+        return self._private_state.setdefault(name, {})
 
     def training_state(self) -> dict[str, Tensor]:
         """What a resume needs and neither adapter nor optimizer holds, as whole tensors. All ranks must call it."""
@@ -162,85 +226,48 @@ class Scheduled(SharedFactors):
             name, key = path.split("/")
             like = parameters[name]
             entry = cut(value.to(part(like).device), like) if value.ndim else value.item()
-            self._private_state.setdefault(name, {})[key] = entry
+            if key != "explicit":  # a mark of earlier versions
+                self._private_state.setdefault(name, {})[key] = entry
 
     # Watching for an optimizer that can't be seen
 
+    def _before_forward(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            if not self._in_backward:
+                self.complete_update()  # of an update, the optimizers step before the next forward
+            self._arm()
+
     def train(self, mode: bool = True) -> Scheduled:
         """Switch modes; when training begins, watch for backward passes through the first trained parameter."""
-        witness = self.trained()[0]
-        # Here and not at creation: casts, loading and sharding put new parameters in place before training begins.
-        if mode and witness.requires_grad and self._watched() is not witness:
-            me = weakref.ref(self)
-            witness.register_post_accumulate_grad_hook(lambda _: _count_backward(me()))
-            self._watched = weakref.ref(witness)
+        if mode:
+            self._arm()
         super().train(mode)
         return self
 
-    def _backward_seen(self) -> None:
-        self._backwards += 1
-        if self._backwards > _BACKWARDS_WITHOUT_STEP:
-            self._raise_hidden(f"{_BACKWARDS_WITHOUT_STEP} backward passes went by")
+    def _arm(self) -> None:
+        witness = next((p for p in self.trained() if p.requires_grad), None)
+        if witness is not None:
+            self._watch.follow(witness)
 
     def missed(self) -> None:
         """Some optimizer stepped that holds none of our parameters."""
-        if self._backwards and not self.finished():
-            self._backwards = 0
-            self._missed += 1
-            if self._missed >= _MISSED_STEPS:
-                self._raise_hidden(f"{_MISSED_STEPS} optimizer steps went by after backward passes through the adapter")
-
-    def _raise_hidden(self, evidence: str) -> None:
-        self._backwards = self._missed = 0
-        # Only now, since it looks at every object there is: an optimizer that has yet to step is no hidden one.
-        waiting = any(issubclass(type(o), Optimizer) and _holds(o, self) for o in gc.get_objects())
-        if not waiting and not self.finished():
-            raise RuntimeError(
-                f"The schedule ({self.describe()}) never advances: {evidence}, but no optimizer that holds the "
-                "adapter's parameters was seen to step. Remedy: pass callbacks=[loraplex.ScheduleCallback()] to the "
-                "trainer, or call loraplex.step(model) after every optimizer step."
-            )
+        self._arm()  # of a compiled forward no hook is called
+        self._watch.missed()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or unpickled adapter follows optimizers of its own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_watched")}
+        gone = ("_watch", "_homes", "_stepped", "_absent", "_seen_since_told")
+        return {key: value for key, value in self.__dict__.items() if key not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._follow_nothing()
-        _scheduled.add(self)
+        follow(self)  # and watch from the next forward on: the layers' parameters may not be there yet
 
 
-def _count_backward(shared: Scheduled | None) -> None:
-    if shared is not None:
-        shared._backward_seen()
-
-
-def _after_optimizer_step(optimizer: Optimizer, *_: Any) -> None:
-    if not _scheduled:
-        return
-    found_inf = optimizer.__dict__.get("found_inf")
-    if found_inf is not None and found_inf.item():
-        # A fused optimizer skips the step itself when the gradient scaler has found an overflow.
-        return
-    if all(group["lr"] == 0 for group in optimizer.param_groups) and _is_initialising():
-        return
-    for shared in list(_scheduled):
-        if _holds(optimizer, shared):
-            shared.step(optimizer)
-        else:
-            shared.missed()
-
-
-def _is_initialising() -> bool:
-    """Whether torch takes a step without effect, to have an optimizer's state to load a distributed checkpoint into."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != "_init_optim_state":
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
+def _complete(shared: weakref.ref[Scheduled]) -> None:
+    if (found := shared()) is not None:
+        found.complete_update()
 
 
 def schedules(model: nn.Module) -> Iterator[tuple[str, Scheduled]]:
@@ -251,15 +278,17 @@ def schedules(model: nn.Module) -> Iterator[tuple[str, Scheduled]]:
 
 
 def step(model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Advance all schedules of `model` by one optimizer step, where the optimizer's own step can't be seen.
+    """Advance all schedules of `model` by one update, where the optimizer's own step can't be seen.
+
+    An update whose step was seen is not counted again, whether this is called before it or after it.
 
     Args:
         model: a PeftModel, or a model with adapters.
-        optimizer: a torch optimizer that holds the adapter's parameters, if there is one; it then keeps the state
-            that a resume needs. A step of such an optimizer was counted already, and is not counted again.
+        optimizer: the optimizer that was stepped, if it is one of torch; where it holds the adapter's parameters its
+            steps are seen, and nothing is to be done.
     """
     for _, shared in schedules(model):
-        if shared.is_trained() and (optimizer is None or not _holds(optimizer, shared)):
+        if shared.is_trained() and (optimizer is None or not shared.is_held(holds(optimizer))):
             shared.step()
 
 
@@ -280,15 +309,6 @@ def set_total_steps(model: nn.Module, total_steps: int) -> None:
             )
 
 
-def _held(optimizer: Any) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def _holds(optimizer: Any, shared: Scheduled) -> bool:
-    held = _held(optimizer)
-    return any(p.requires_grad and id(p) in held for p in shared.trained())
-
-
 def save_schedules(model: nn.Module, folder: Path) -> None:
     """Write `schedule.safetensors` into a checkpoint, if there is anything to write. All ranks must call it."""
     found = {f"{name}/{key}": t for name, shared in schedules(model) for key, t in shared.training_state().items()}
@@ -304,39 +324,3 @@ def load_schedules(model: nn.Module, folder: Path) -> None:
     for name, shared in schedules(model):
         prefix = f"{name}/"
         shared.load_training_state({k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)})
-
-
-class ScheduleCallback(TrainerCallback):
-    """For `transformers.Trainer` and TRL: gives schedules the run's length, checks that they end within it, advances
-    them under engines that hide the optimizer's parameters, and keeps their state in checkpoints where engines would
-    lose it. Elsewhere schedules need no callback.
-
-    Args:
-        saves: whether it writes that state; False where something else calls `save_schedules`.
-    """
-
-    def __init__(self, saves: bool = True) -> None:
-        self.saves = saves
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        set_total_steps(kwargs["model"], state.max_steps)
-        if state.global_step:
-            load_schedules(kwargs["model"], _checkpoint(args, state))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        optimizer = kwargs["optimizer"]
-        if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:
-            return
-        for _, shared in schedules(kwargs["model"]):
-            if shared.is_trained() and not _holds(optimizer, shared):
-                shared.step()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.saves:
-            save_schedules(kwargs["model"], _checkpoint(args, state))
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -24,7 +24,7 @@ from loraplex.config import AdapterConfig, check_choice, check_count, check_step
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
 from loraplex.parallel import part, whole
-from loraplex.schedule import Scheduled, StateOf, Stepped
+from loraplex.schedule import Scheduled, StateOf
 from loraplex.sharing import Member, read, select
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,9 @@ class AsLoraShared(Scheduled):
     def add_shared(self, config: AsLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
         self.config = config
         self.maps: dict[str, list[int]] = {}
+        self.steps: dict[str, int] = {}
+        """Family → steps averaged so far; 0 once all its merges are done."""
+        self._averages: dict[str, dict[int, Tensor]] = {}
         if config.num_merges and all(len(family) == 1 for family in families.values()):
             raise ValueError(
                 f"num_merges={config.num_merges} is larger than possible: the targets are one layer deep, so there is "
@@ -99,9 +102,10 @@ class AsLoraShared(Scheduled):
             B = torch.zeros(factors.out_features, factors.r)
             B = B if config.init_weights else nn.init.normal_(B)
             self.register_parameter(f"{name}__lora_B_{layer}", nn.Parameter(B))
-        # Rows: m(l), and the step at which layer l gave up its own B (0: it has not).
+        # Rows: m(l), and the step at which layer l gave up its own B (0: it has not). The last entry, of the top layer,
+        # is `steps`.
         self.register_buffer(f"{name}__merges", torch.stack([torch.arange(layers), torch.zeros(layers).long()]))
-        self.maps[name] = list(range(layers))
+        self.maps[name], self.steps[name] = list(range(layers)), 0
 
     def B(self, family: str, layer: int) -> nn.Parameter:
         """The B that belongs to `layer`."""
@@ -128,13 +132,14 @@ class AsLoraShared(Scheduled):
     def merge_history(self) -> Iterator[tuple[int, str, int, int]]:
         """Merges done, as (step, family, lower layer, layer whose B it reads now)."""
         for family, mapped in self.maps.items():
-            steps = getattr(self, f"{family}__merges")[1].tolist()
+            steps = getattr(self, f"{family}__merges")[1, :-1].tolist()
             yield from ((step, family, layer, mapped[layer]) for layer, step in enumerate(steps) if step)
 
     # Schedule
 
-    def trained(self) -> list[nn.Parameter]:
-        return [self.B(family, layer) for family in self.families for layer in self.owners(family)]
+    def trained(self) -> Iterator[nn.Parameter]:
+        for family in self.families:
+            yield from (self.B(family, layer) for layer in self.owners(family))
 
     def last_step(self) -> int | None:
         start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
@@ -151,50 +156,93 @@ class AsLoraShared(Scheduled):
     def _merges_left(self, family: str) -> int:
         return self.num_merges(family) - (len(self.maps[family]) - len(self.owners(family)))
 
-    def advance(self, state_of: StateOf, stepped: Stepped) -> None:
+    def advance(self, state_of: StateOf) -> None:
         start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
+        due: dict[str, dict[int, Tensor]] = {}
         for family in self.families:
-            if self._merges_left(family) > 0 and stepped(self.B(family, self.owners(family)[0])):
-                averages, t = self._update_averages(family, state_of)
-                if len(averages) > 1 and merge_due(t, start, interval):  # type: ignore[arg-type]
-                    self._merge(family, averages, t, state_of)
+            if self._merges_left(family) > 0:
+                averages = self._update_averages(family, state_of)
+                if merge_due(self.steps[family], start, interval):  # type: ignore[arg-type]
+                    due[family] = averages
+        for family, averages in due.items():
+            self._merge(family, averages, state_of)
 
-    def _update_averages(self, family: str, state_of: StateOf) -> tuple[dict[int, Tensor], int]:
-        """(layer → B̄, of sharded B's this rank's part; t)."""
-        averages, t = {}, 0
-        for layer in self.owners(family):
-            parameter = self.B(family, layer)
-            state = state_of(parameter)
-            if state is None or (not state and parameter.grad is None):
-                # Optimizers initialise a parameter's state at its first gradient, and only if it is empty.
-                continue
-            B = part(parameter)
+    def _update_averages(self, family: str, state_of: StateOf) -> dict[int, Tensor]:
+        """layer → B̄, of sharded B's this rank's part."""
+        states = {layer: state_of(self.B(family, layer)) for layer in self.owners(family)}
+        self._check_averages(family, states)
+        averages = {}
+        for layer, state in states.items():
+            B = part(self.B(family, layer))
             t = state["aslora_steps"] = state.get("aslora_steps", 0) + 1
-            if t == 1 and len(self.owners(family)) < len(self.maps[family]) and layer == self.owners(family)[0]:
-                logger.warning(
-                    "%s was merged in an earlier run, but its averages start anew: to continue that run exactly, load "
-                    "the optimizer's state too.",
-                    family,
-                )
             averages[layer] = update_average(_stored_average(state, B), B, t)
             # Loading a state dict casts every entry to its parameter's dtype, but for the key "step".
             state["aslora_average"] = averages[layer] if B.dtype.itemsize >= 4 else {"step": averages[layer]}
-        return averages, t
+        self._set_steps(family, max(state["aslora_steps"] for state in states.values()))
+        self._averages[family] = averages
+        return averages
 
-    def _merge(self, family: str, averages: dict[int, Tensor], t: int, state_of: StateOf) -> None:
+    def _check_averages(self, family: str, states: dict[int, dict[str, Any]]) -> None:
+        """Put averages in place that the training state lacks, though the adapter was averaged before."""
+        steps, found = self.steps[family], max(state.get("aslora_steps", 0) for state in states.values())
+        if found == 0 and steps and family in self._averages:
+            # Another optimizer has taken over in this process.
+            for layer, state in states.items():
+                state.update(aslora_steps=steps, aslora_average=self._averages[family][layer])
+        elif found == 0 and steps:
+            raise RuntimeError(
+                f"ASLoRA can't go on from step {steps}, at which this adapter was saved: the running averages of "
+                f"{family} are missing, and its next merge would rest on other numbers. Remedy: load the optimizer's "
+                "state too (optimizer.load_state_dict); under FSDP2, ZeRO or ZeroRedundancyOptimizer call "
+                "loraplex.load_schedules(model, checkpoint), or pass loraplex.ScheduleCallback(resume_from=checkpoint) "
+                "to the trainer. To begin another run from this adapter, call loraplex.restart_averages(model)."
+            )
+        elif found == 0 and len(self.owners(family)) < len(self.maps[family]):
+            logger.warning(
+                "%s was merged in an earlier run, but its averages start anew: to continue that run exactly, load "
+                "the optimizer's state too.",
+                family,
+            )
+        elif steps and found != steps:
+            logger.warning(
+                "The adapter is of step %d, but the averages of %s in the training state are of step %d: they come "
+                "from different checkpoints. Merges follow the averages.",
+                steps,
+                family,
+                found,
+            )
+
+    def restart_averages(self) -> None:
+        """Begin averages and their count of steps anew; merges that were done stay."""
+        self._averages = {}
+        for family in self.families:
+            self._set_steps(family, 0)
+
+    def _set_steps(self, family: str, steps: int) -> None:
+        """Keep the number of steps that are averaged with the adapter, so that missing averages are noticed."""
+        self.steps[family] = steps
+        # In the row of merge steps, where the top layer has no use for its place: it never gives up its B.
+        getattr(self, f"{family}__merges")[1, -1] = steps
+
+    def _merge(self, family: str, averages: dict[int, Tensor], state_of: StateOf) -> None:
         # Distances need whole matrices, merges are few: only now are shards gathered, and all ranks see the same.
         averages = {layer: whole(average, self.B(family, layer)) for layer, average in averages.items()}
         A = getattr(self, f"{family}__lora_A")
         A = whole(part(A), A) if self.config.merge_distance == "update" else None
         lower, upper = closest_pair(averages, self.config.merge_candidates, A)
+        t = self.steps[family]
         mapped = [upper if m == lower else m for m in self.maps[family]]
         merges = getattr(self, f"{family}__merges")
         merges[0] = torch.tensor(mapped)
         merges[1, lower] = t
         self.maps[family] = mapped
-        gone = state_of(self.B(family, lower)) or {}
+        gone = state_of(self.B(family, lower))
         for key in ("aslora_average", "aslora_steps"):
             gone.pop(key, None)
+        self._averages[family].pop(lower)
+        if self._merges_left(family) <= 0:
+            self._averages.pop(family)
+            self._set_steps(family, 0)
         logger.info("ASLoRA step %d: %s layer %d now reads layer %d's B", t, family, lower, upper)
 
     def follow(self, others: list[Any]) -> None:
@@ -213,7 +261,7 @@ class AsLoraShared(Scheduled):
 
     def before_save(self, adapter_name: str) -> None:
         # A run that is shorter than its schedule ends here, and nobody else would say so.
-        if self.is_trained() and self._optimizers and not self.finished():
+        if self.is_trained() and self.has_advanced and not self.finished():
             left = max(self._merges_left(family) for family in self.families)
             logger.warning(
                 "Adapter %r is saved with up to %d of its merges per family still to come (%s, the last at step %s).",
@@ -241,8 +289,10 @@ class AsLoraShared(Scheduled):
                         # Nothing reads it; the parameters of a run must not change in number.
                         state.setdefault(f"{prefix}{family}__lora_B_{layer}", B)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # What was averaged before is not of the factors that are loaded.
+        self._averages = {f: a for f, a in self._averages.items() if f"{prefix}{f}__merges" not in state_dict}
         self._read_maps()
 
     def train(self, mode: bool = True) -> AsLoraShared:
@@ -256,7 +306,10 @@ class AsLoraShared(Scheduled):
         for family in self.families:
             merges = getattr(self, f"{family}__merges")
             if not merges.is_meta:
-                self.maps[family] = merges[0].tolist()
+                self.maps[family], (*_, steps) = merges.tolist()
+                if steps != self.steps[family]:
+                    self.steps[family] = steps
+                    self._averages.pop(family, None)
 
 
 class _ReadInstead(torch.autograd.Function):

@@ -7,7 +7,7 @@ positive inputs and −1 otherwise; its gradient is passed straight through, cli
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from loraplex.field_types import shown
 from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels, rows_of, sign_
 from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
-from loraplex.schedule import Scheduled, StateOf, Stepped
+from loraplex.schedule import Scheduled, StateOf
 from loraplex.sharing import Member, read
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,10 @@ class DualLoraShared(Scheduled):
             self.warmup.copy_(torch.tensor([1, 1]))
         self.warmup: Tensor
 
-    def trained(self) -> list[nn.Parameter]:
-        return [factors.lora_B for factors in self.member_factors()]  # type: ignore[misc]
+    def trained(self) -> Iterator[nn.Parameter]:
+        # All four: whoever trains only the signs needs the warm-up too.
+        for factors in self.member_factors():
+            yield from factors.parameters()
 
     def last_step(self) -> int | None:
         return self.resolve(self.config.warmup_steps)
@@ -67,8 +69,8 @@ class DualLoraShared(Scheduled):
     def describe(self) -> str:
         return f"warmup_steps={self.config.warmup_steps}"
 
-    def advance(self, state_of: StateOf, stepped: Stepped) -> None:
-        if stepped(self.trained()[0]) and not self.finished():
+    def advance(self, state_of: StateOf) -> None:
+        if not self.finished():
             self.warmup[0] += 1
             self.warmup[1] = self.last_step() or 0
 
