@@ -20,11 +20,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import helpers as h
 import loraplex
 from helpers import ARCHS, LAYERS, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
-from loraplex.layer import Factors
+from loraplex.methods.dual_lora import DualLoraFactors
 from loraplex.sharing import BANK, layer_depth
 
 LLAMA = ARCHS["llama"]
@@ -743,40 +744,101 @@ def test_compilations_stay_few(method: str, by_layer: bool, training: bool) -> N
         assert set(shared_maps(model)["layers__N__up"]) == {DEEP - 1}
 
 
-# What evaluation without gradients keeps of the factors
+# Evaluation follows the weights, whoever writes them
 
 
-def fresh(model: nn.Module) -> Tensor:
-    """Logits with nothing kept: gradients are on."""
-    assert torch.is_grad_enabled()
-    return model(**BATCH).logits.detach()
+def evaluated(method: str) -> PeftModel:
+    """A `ready` model, "dual_lora-cached" with the cache of ΔW, that has been evaluated."""
+    model = adapted(method.removesuffix("-cached"), **{"cache_delta": True} if method in CACHED else {})
+    output(model, BATCH)
+    return model
 
 
-def keeps(model: nn.Module) -> bool:
-    """Whether some layer has kept what it made of its factors."""
-    return any(isinstance(m, Factors) and m._kept._kept is not None for m in model.modules())
+def twin_of(model: PeftModel) -> PeftModel:
+    """A fresh model with the same weights, which has not computed anything."""
+    twin = get_peft_model(LLAMA.build(), copy.deepcopy(model.peft_config["default"]))
+    twin.load_state_dict(model.state_dict())
+    for name, buffer in model.named_buffers():  # a rotary embedding's is in no state dict
+        twin.get_buffer(name).copy_(buffer)
+    return twin.eval()
 
 
-KEEPING = ("multilora", "multilora-module", "masa-router", "masa-sum")
+def other_state(method: str) -> dict[str, Tensor]:
+    """All tensors of another adapter on the same base, whose schedule is elsewhere."""
+    model = get_peft_model(LLAMA.build(), config(method.removesuffix("-cached")))
+    fill(model, seed=5)
+    h.advance(model, steps=2)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "_factors." in name or BANK in name}
+    assert any("lora_A" in name for name in state)
+    return state
 
 
-@every_method
-@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_decoding_gives_the_same_again_and_again(method: str, off: Callable[[], Any]) -> None:
-    model = adapted(method)
-    keys, expected = sorted(model.state_dict()), fresh(model)
-    for _ in range(3):
+Written = list[tuple[Tensor, Tensor]]
+"""(a tensor of the model's adapter, parameter or buffer; what to write into it)"""
+
+
+def _foreach_copy(pairs: Written) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_([old for old, _ in pairs], [new for _, new in pairs])
+
+
+def _each(write: Callable[[Tensor, Tensor], Any], off: Callable[[], Any] = torch.no_grad) -> Callable[[Written], None]:
+    def write_all(pairs: Written) -> None:
         with off():
-            assert torch.equal(model(**BATCH).logits, expected)
-        # What inference mode has kept is of use without it.
-        assert torch.equal(output(model, BATCH), expected)
-        assert keeps(model) == (method in KEEPING)
-    assert sorted(model.state_dict()) == keys
-    train(model, BATCH, steps=1)
-    assert not keeps(model)
+            for old, new in pairs:
+                write(old, new)
+
+    return write_all
 
 
-def _step(model: nn.Module, training: bool, **settings: Any) -> None:
+def _set_data(old: Tensor, new: Tensor) -> None:
+    # As MeZO and engines do; the version counter does not see it.
+    old.data = new
+
+
+def _swap(old: Tensor, new: Tensor) -> None:
+    torch.utils.swap_tensors(old, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+
+WRITES: dict[str, Callable[[Written], None]] = {
+    "copy_": _each(lambda old, new: old.copy_(new)),
+    "copy_ in inference mode": _each(lambda old, new: old.copy_(new), torch.inference_mode),
+    # As EMA callbacks swap weights.
+    "data.copy_": _each(lambda old, new: old.data.copy_(new)),
+    "data": _each(_set_data),
+    "detach().copy_": _each(lambda old, new: old.detach().copy_(new)),
+    "_foreach_copy_": _foreach_copy,
+    "set_": _each(lambda old, new: old.set_(new)),
+    "swap_tensors": _each(_swap),
+}
+UNSEEN = ("data.copy_",)
+"""Writes that need `loraplex.clear_cache` where the user asked for a cache."""
+CACHED = ("dual_lora-cached",)
+
+
+@pytest.mark.parametrize("method", [*METHODS, *CACHED])
+@pytest.mark.parametrize("write", WRITES)
+def test_evaluation_follows_every_write(method: str, write: str) -> None:
+    """Factors and schedule, in evaluation mode and with nothing that tells the model of it."""
+    model, state = evaluated(method), other_state(method)
+    before = output(model, BATCH)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    pairs = [(tensors[name], new.clone()) for name, new in state.items()]
+    if method in CACHED and write == "swap_tensors":
+        with pytest.raises(RuntimeError, match="weakref"):
+            WRITES[write](pairs)
+        loraplex.clear_cache(model)
+    WRITES[write](pairs)
+    if method in CACHED and write in UNSEEN:
+        assert torch.equal(output(model, BATCH), before)
+        loraplex.clear_cache(model)
+    found = output(model, BATCH)
+    assert not torch.allclose(found, before, atol=1e-3)
+    assert torch.equal(found, output(twin_of(model), BATCH))
+    h.assert_same({name: tensor for name, tensor in model.state_dict().items() if name in state}, state)
+
+
+def _step(model: nn.Module, _: Any, training: bool, **settings: Any) -> None:
     if training:
         model.train()
     optimizer = torch.optim.AdamW(h.adapter_parameters(model).values(), lr=0.1, **settings)
@@ -786,77 +848,98 @@ def _step(model: nn.Module, training: bool, **settings: Any) -> None:
         model.eval()
 
 
-def _change_data(model: nn.Module) -> None:
-    # As MeZO does; the version counter does not see it.
-    for p in h.adapter_parameters(model).values():
-        p.data = p.data + 0.1
-
-
-def _write_to_data(model: nn.Module) -> None:
-    for p in h.adapter_parameters(model).values():
-        p.data.mul_(1.5)
-    model.eval()  # nothing else shows it
-
-
-def _change_in_inference_mode(model: nn.Module) -> None:
-    with torch.inference_mode():
-        for p in h.adapter_parameters(model).values():
-            p.mul_(1.5)
-
-
-def _replace(model: nn.Module) -> None:
-    state = {name: tensor + 0.1 for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    model.load_state_dict(state, strict=False, assign=True)
-
-
-def _rescale(model: nn.Module) -> None:
-    for layer in h.layers_of(model).values():
-        layer.factors("default").scaling *= 2
-
-
-def _switch(model: PeftModel) -> None:
-    loraplex.add_adapter(model, "second", config("masa-sum"))
-    ready(model, "second", seed=1)
-    model.set_adapter("second")
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
+CHANGES: dict[str, Callable[[Any, dict[str, Tensor]], Any]] = {
     "optimizer": partial(_step, training=True, foreach=False),
     "foreach": partial(_step, training=True, foreach=True),
     "fused": partial(_step, training=True, fused=True),
-    "fused-in-eval-mode": partial(_step, training=False, fused=True),
-    "in place": partial(fill, seed=5),
-    "in place in inference mode": _change_in_inference_mode,
-    "parameter.data": _change_data,
-    "into parameter.data": _write_to_data,
-    "load_state_dict": lambda m: m.load_state_dict(
-        {k: 2 * v for k, v in m.state_dict().items() if v.dtype.is_floating_point}, strict=False
-    ),
-    "assign": _replace,
-    "rounding": lambda m: m.to(torch.bfloat16).to(torch.float32),
-    "scaling": _rescale,
-    "set_adapter": _switch,
+    "optimizer in eval mode": partial(_step, training=False, foreach=False),
+    "fused in eval mode": partial(_step, training=False, fused=True),
+    "load_state_dict": lambda model, state: model.load_state_dict(state, strict=False),
+    "assign": lambda model, state: model.load_state_dict(state, strict=False, assign=True),
+    "rounding": lambda model, _: model.to(torch.bfloat16).to(torch.float32),
 }
 
 
-@every_method
+@pytest.mark.parametrize("method", [*METHODS, *CACHED])
 @pytest.mark.parametrize("change", CHANGES)
-def test_decoding_follows_every_change(method: str, change: str) -> None:
-    model = adapted(method)
+def test_evaluation_follows_every_change(method: str, change: str) -> None:
+    model = evaluated(method)
     before = output(model, BATCH)
-    CHANGES[change](model)
-    after = output(model, BATCH)
-    assert not torch.equal(after, before)
-    assert torch.equal(after, fresh(model))
-    if change == "set_adapter":
-        model.set_adapter("default")
-        assert torch.equal(output(model, BATCH), before)
+    CHANGES[change](model, other_state(method))
+    found = output(model, BATCH)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, output(twin_of(model), BATCH))
+
+
+@pytest.mark.parametrize("method", [*METHODS, *CACHED])
+def test_evaluation_follows_the_scaling_and_the_active_adapter(method: str) -> None:
+    model = evaluated(method)
+    loraplex.add_adapter(model, "second", config("masa-sum"))
+    ready(model, "second", seed=1)
+    before = output(model, BATCH)
+    model.set_adapter("second")
+    alone = adapted("masa-sum")
+    ready(alone, seed=1)
+    assert torch.equal(output(model, BATCH), output(alone, BATCH))
+    model.set_adapter("default")
+    assert torch.equal(output(model, BATCH), before)
+    with model.disable_adapter():
+        base = output(model, BATCH)
+    assert not torch.equal(before, base)
+    for layer in h.layers_of(model).values():
+        layer.factors("default").scaling = 0.0
+    assert torch.equal(output(model, BATCH), base)
 
 
 @every_method
-def test_decoding_with_factors_made_in_inference_mode(method: str) -> None:
-    """They have no version counter."""
+def test_an_average_of_weights_is_evaluated(method: str) -> None:
+    """torch.optim.swa_utils writes the average into a copy of the model, which is evaluated between updates."""
     model = adapted(method)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    values = []
+    for seed in (3, 4, 5):
+        fill(model, seed=seed)
+        averaged.update_parameters(model)
+        values.append(output(averaged, BATCH))
+        assert torch.equal(values[-1], output(twin_of(averaged.module), BATCH))
+    assert not any(torch.allclose(*two, atol=1e-3) for two in pairwise(values))
+
+
+def cached_deltas(model: nn.Module) -> list[Tensor]:
+    """The ΔW that layers have cached."""
+    found = [m._cache._entry for m in model.modules() if isinstance(m, DualLoraFactors)]
+    return [entry[0] for entry in found if entry is not None]
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_cached_deltas_are_of_use(off: Callable[[], Any]) -> None:
+    """They are made once, give the same outputs, are in no state dict and gone when training begins."""
+    model = adapted("dual_lora", cache_delta=True)
+    keys, expected = sorted(model.state_dict()), output(adapted("dual_lora"), BATCH)
+    with off():
+        torch.testing.assert_close(model(**BATCH).logits, expected)
+    first = cached_deltas(model)
+    assert len(first) == len(h.layers_of(model)) == 2 * LAYERS
+    # What inference mode has cached is of use without it.
+    torch.testing.assert_close(output(model, BATCH), expected)
+    assert all(one is other for one, other in zip(cached_deltas(model), first, strict=True))
+    assert sorted(model.state_dict()) == keys
+    loraplex.clear_cache(model)
+    assert not cached_deltas(model)
+    output(model, BATCH)
+    train(model, BATCH, steps=1)
+    assert not cached_deltas(model)
+
+
+def test_nothing_is_cached_unless_asked_for() -> None:
+    model = adapted("dual_lora")
+    output(model, BATCH)
+    assert not cached_deltas(model)
+
+
+def test_factors_made_in_inference_mode_are_not_cached() -> None:
+    """They have no version counter."""
+    model = adapted("dual_lora", cache_delta=True)
     with torch.inference_mode():
         twin = copy.deepcopy(model)
         assert all(p.is_inference() for p in h.adapter_parameters(twin).values())
@@ -864,42 +947,48 @@ def test_decoding_with_factors_made_in_inference_mode(method: str) -> None:
             fill(model, seed=seed)
             fill(twin, seed=seed)
             assert torch.equal(output(twin, BATCH), output(model, BATCH))
-    assert not keeps(twin)
+    assert not cached_deltas(twin)
 
 
-@every_method
-def test_nothing_is_kept_among_several_processes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_cached_among_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 gathers new values into the same memory, and preserves the version counter."""
-    model = adapted(method)
+    model = adapted("dual_lora", cache_delta=True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     before = output(model, BATCH)
     for p in h.adapter_parameters(model).values():
         p.data.mul_(2)
     after = output(model, BATCH)
     assert not torch.equal(after, before)
-    assert torch.equal(after, fresh(model))
+    assert torch.equal(after, output(twin_of(model), BATCH))
 
 
-def test_what_is_kept_goes_with_its_device_and_its_layer() -> None:
-    model = adapted("masa-router")
+def test_a_cached_delta_goes_with_its_device() -> None:
+    model = adapted("dual_lora", cache_delta=True)
     output(model, BATCH)
-    kept = [weakref.ref(layer.factors("default")._kept._kept[0]) for layer in h.layers_of(model).values()]
+    cached = [weakref.ref(delta) for delta in cached_deltas(model)]
+    assert cached
     model.to("meta")
-    assert all(value() is None for value in kept)
+    assert all(delta() is None for delta in cached)
 
 
 @in_dynamo
 @every_method
-def test_compiled_decoding_follows_changes(method: str) -> None:
+def test_compiled_evaluation_follows_every_write(method: str) -> None:
     torch._dynamo.reset()
     model, x = stack(method).eval(), torch.randn(2, 3, h.HIDDEN)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        for seed in range(3):
-            fill(model, seed=seed)
-            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
-            fill(model, seed=seed + 5)
-            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+        for seed, write in enumerate(WRITES, start=1):
+            before = compiled(x)
+            tensors = {**h.adapter_parameters(model), **{k: b for k, b in model.named_buffers() if BANK in k}}
+            pairs = [(t, torch.randn_like(t) if t.is_floating_point() else t.clone()) for t in tensors.values()]
+            if method == "aslora":  # the lowest layer of three reads the B of another in turn
+                for old, new in pairs:
+                    new.copy_(new if old.is_floating_point() else torch.tensor([[seed % 2 + 1, 1, 2], [1, 0, 0]]))
+            WRITES[write](pairs)
+            found = compiled(x)
+            torch.testing.assert_close(found, model(x), atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(found, before, atol=1e-3)
 
 
 @in_dynamo

@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex import base_weight
 from loraplex.config import AdapterConfig
-from loraplex.kept import Kept
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 
 _FULL_RANKS = 16
@@ -41,7 +40,6 @@ class Factors(nn.Module, ABC):
         self.lora_alpha = config.alpha(module_name)
         self.scaling = config.scaling(module_name)
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self._kept = Kept()
         self.add_parameters(config)
 
     def _check_size(self, config: AdapterConfig) -> None:
@@ -100,25 +98,8 @@ class Factors(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """ΔW x, scaling included: `(..., in)` → `(..., out)`. `x` has the dtype `input_dtype`."""
 
-    def once(self, make: Callable[..., Tensor], *sources: Tensor, key: object = None) -> Tensor:
-        """`make(*sources)`, made once and kept while nothing is trained; it depends on these, `scaling` and `key`."""
-        if torch.compiler.is_compiling():
-            return make(*sources)
-        if self.training or torch.is_grad_enabled():
-            # Fused optimizers change parameters without a trace, but not without a forward or a change of mode.
-            self._kept.drop()
-            return make(*sources)
-        return self._kept.get(make, sources, (self.scaling, key))
-
-    def train(self, mode: bool = True) -> Factors:
-        """Switch modes, and forget what `once` kept."""
-        self._kept.drop()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Factors:
-        # A model that moves leaves nothing behind on the device.
-        self._kept.drop()
-        return super()._apply(*args, **kwargs)
+    def clear_cache(self) -> None:
+        """Forget what was made from the factors and cached on request. Nothing is cached by default."""
 
     def check_mergeable(self) -> None:
         """Raise a ValueError where ΔW is not a constant matrix. Nothing to check by default."""

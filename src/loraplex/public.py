@@ -1,5 +1,6 @@
 """The public names. Importing this module imports PEFT and registers the methods with it."""
 
+from loraplex.cache import clear_cache
 from loraplex.calibrate import Calibration, calibrate
 from loraplex.export import LoraExport, Rank, export_lora
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
@@ -19,6 +20,7 @@ __all__ = [
     "ScheduleCallback",
     "add_adapter",
     "calibrate",
+    "clear_cache",
     "export_lora",
     "gathered_state_dict",
     "load_adapter",

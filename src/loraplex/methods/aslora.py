@@ -82,6 +82,7 @@ class AsLoraShared(Scheduled):
         self.steps: dict[str, int] = {}
         """Family → steps averaged so far; 0 once all its merges are done."""
         self._averages: dict[str, dict[int, Tensor]] = {}
+        self._maps_read: dict[str, tuple[Tensor, int] | None] = {}
         if config.num_merges and all(len(family) == 1 for family in families.values()):
             raise ValueError(
                 f"num_merges={config.num_merges} is larger than possible: the targets are one layer deep, so there is "
@@ -223,6 +224,7 @@ class AsLoraShared(Scheduled):
         self.steps[family] = steps
         # In the row of merge steps, where the top layer has no use for its place: it never gives up its B.
         getattr(self, f"{family}__merges")[1, -1] = steps
+        self._map_is_read(family)
 
     def _merge(self, family: str, averages: dict[int, Tensor], state_of: StateOf) -> None:
         # Distances need whole matrices, merges are few: only now are shards gathered, and all ranks see the same.
@@ -236,6 +238,7 @@ class AsLoraShared(Scheduled):
         merges[0] = torch.tensor(mapped)
         merges[1, lower] = t
         self.maps[family] = mapped
+        self._map_is_read(family)
         gone = state_of(self.B(family, lower))
         for key in ("aslora_average", "aslora_steps"):
             gone.pop(key, None)
@@ -302,14 +305,31 @@ class AsLoraShared(Scheduled):
         return self
 
     def _read_maps(self) -> None:
-        # Layers ask for their map in every forward; reading it from the tensor there would wait for the device.
         for family in self.families:
-            merges = getattr(self, f"{family}__merges")
-            if not merges.is_meta:
-                self.maps[family], (*_, steps) = merges.tolist()
-                if steps != self.steps[family]:
-                    self.steps[family] = steps
-                    self._averages.pop(family, None)
+            self._read_map(family)
+
+    def _read_map(self, family: str) -> None:
+        merges: Tensor = getattr(self, f"{family}__merges")
+        if not merges.is_meta:
+            self.maps[family], (*_, steps) = merges.tolist()
+            if steps != self.steps[family]:
+                self.steps[family] = steps
+                self._averages.pop(family, None)
+            self._map_is_read(family)
+
+    def _map_is_read(self, family: str) -> None:
+        """Note that `maps` and `steps` say what the tensor of the merges says now."""
+        merges: Tensor = getattr(self, f"{family}__merges")
+        self._maps_read[family] = None if merges.is_inference() else (merges, merges._version)
+
+    def owner(self, family: str, layer: int) -> int:
+        """m(l), also after a copied state dict or an average of weights was written into the tensor of the merges."""
+        merges: Tensor = getattr(self, f"{family}__merges")
+        read = self._maps_read.get(family)
+        # On other devices it is not read in every forward, which would wait for them.
+        if merges.is_cpu or read is None or read[0] is not merges or read[1] != merges._version:
+            self._read_map(family)
+        return self.maps[family][layer]
 
 
 class _ReadInstead(torch.autograd.Function):
@@ -348,7 +368,7 @@ class AsLoraFactors(Factors):
         if torch.compiler.is_compiling():
             owner = getattr(self.shared, f"{self.family}__merges")[0].index_select(0, self.place)
             return select(self.shared.all_B(self.family), owner)
-        own, owner = self.index, self.shared.maps[self.family][self.index]
+        own, owner = self.index, self.shared.owner(self.family, self.index)
         B = self.shared.B(self.family, owner)
         if owner == own or not torch.is_grad_enabled():
             return B

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from loraplex.cache import TensorCache
 from loraplex.config import AdapterConfig, check_choice, check_count, check_number, check_steps
 from loraplex.field_types import shown
 from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels, rows_of, sign_
@@ -88,6 +89,7 @@ class DualLoraFactors(Factors):
     def add_parameters(self, config: DualLoraConfig) -> None:  # type: ignore[override]
         r1, r2 = config.ranks(self.module_name)
         self.compute, self.cache_delta = config.compute, config.cache_delta
+        self._cache = TensorCache()
         shapes = {
             "lora_A": (r1, self.in_features),
             "lora_B": (self.out_features, r1),
@@ -99,6 +101,21 @@ class DualLoraFactors(Factors):
         self.lora_B: nn.Parameter
         self.lora_C: nn.Parameter
         self.lora_D: nn.Parameter
+
+    def clear_cache(self) -> None:
+        self._cache.clear()
+
+    def train(self, mode: bool = True) -> DualLoraFactors:
+        """Switch modes, and empty the cache of ΔW."""
+        self.clear_cache()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DualLoraFactors:
+        # A model that moves leaves nothing behind on the device.
+        self.clear_cache()
+        super()._apply(*args, **kwargs)
+        return self
 
     def delta_weight(self, rows: slice = slice(None)) -> Tensor:
         # Outside autocast and in float32 at least: Sign(DC) flips on bfloat16 rounding, and forward, merge and export
@@ -129,7 +146,7 @@ class DualLoraFactors(Factors):
         if self.compute in ("apart", "reference"):
             return f"compute={self.compute!r}"
         if self.cache_delta and not self.training:
-            return "ΔW is kept in evaluation (cache_delta)"
+            return "ΔW is cached in evaluation (cache_delta)"
         if self.training and not isinstance(self.dropout, nn.Identity):
             return "with dropout, W and ΔW read different inputs"
         if self.compute == "auto" and not self.training and compute_dtype(x).itemsize < 4:
@@ -139,6 +156,9 @@ class DualLoraFactors(Factors):
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """ΔW x, or (W + ΔW) x + b if W is given."""
         if not torch.compiler.is_compiling():
+            if self.training or torch.is_grad_enabled():
+                # Fused optimizers change parameters without a trace, but not without a forward.
+                self.clear_cache()
             apart = self._stays_apart(x) or "the base weight is quantised, sharded, trained, or has hooks"
             means = "torch tiles"
             if self.compute == "reference":
@@ -154,7 +174,8 @@ class DualLoraFactors(Factors):
         x = x.to(compute_dtype(x))
         if self.cache_delta and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             sources = *factors, self.shared.warmup
-            return linear(x, self.once(lambda *_: delta_weight(factors, scale, x.dtype), *sources, key=x.dtype))
+            key = x.dtype, self.scaling
+            return linear(x, self._cache.get(lambda: delta_weight(factors, scale, x.dtype), sources, key))
         return gated_linear(x, factors, scale, weight, bias)
 
 
@@ -186,7 +207,8 @@ class DualLoraConfig(AdapterConfig):
     """How W x + ΔW x is computed: "added" (x (W + ΔW)ᵀ), "apart" (x Wᵀ + x ΔWᵀ), "reference" (the same with plain
     autograd, which keeps three matrices as large as W), or "auto": "added" where it is exact enough and W is plain."""
     cache_delta: bool = False
-    """Whether each layer keeps ΔW in evaluation, as large as W, to generate tokens one by one without merging."""
+    """Whether each layer caches ΔW in evaluation, as large as W, to generate tokens one by one without merging. It does
+    not see a write into `parameter.data`: call `loraplex.clear_cache(model)` after one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from loraplex.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
-from loraplex.sharing import Member, SharedFactors, select
+from loraplex.sharing import Member, SharedFactors, read, select
 
 
 class MasaShared(SharedFactors):
@@ -72,14 +72,9 @@ class MasaFactors(Factors):
     @property
     def lora_A(self) -> Tensor:  # type: ignore[override]
         """The group's experts `(n·r, in)`."""
-        return self._stored_A.to(self.lora_B.device)
-
-    @property
-    def _stored_A(self) -> Tensor:
-        """`lora_A` on the device where the bank holds it."""
         if torch.compiler.is_compiling() and self.shared.num_groups[self.family] > 1:
-            return select(self.shared.all_A(self.family), self.place // self.group_size)
-        return getattr(self.shared, self.experts_name)
+            return select(self.shared.all_A(self.family), self.place // self.group_size).to(self.lora_B.device)
+        return read(self.shared, self.experts_name, self.lora_B)
 
     def experts(self) -> Tensor:
         """The group's experts as `(n, r, in)`."""
@@ -96,7 +91,7 @@ class MasaFactors(Factors):
         """(α/r) · mixᵢ(Aᵢ x): `(..., in)` → `(..., r)`, or `(..., n·r)` with "concat"."""
         n, r = self.num_experts, self.r
         if self.mixing == "router":
-            A_R = self.once(self._with_router, self._stored_A, self.lora_router)
+            A_R = self._with_router(self.lora_A, self.lora_router)
             h, logits = linear(self.dropout(x), A_R).split((n * r, n), dim=-1)
             return (logits.softmax(dim=-1).unsqueeze(-1) * h.unflatten(-1, (n, r))).sum(-2)
         # The scaling here, not after B: (tokens, r) is smaller than (tokens, out).
@@ -105,15 +100,11 @@ class MasaFactors(Factors):
         if self.training and isinstance(self.dropout, nn.Dropout):
             # A mask per expert: without it all experts get the same gradient and never part.
             return torch.stack([linear(self.dropout(x), A) for A in self.experts()]).sum(0) * self.scaling
-        return linear(x, self.once(self._summed, self._stored_A)) * self.scaling
+        return linear(x, self.experts().sum(0)) * self.scaling
 
     def _with_router(self, A: Tensor, R: Tensor) -> Tensor:
         """[α/r · A; R] `(n·r + n, in)`: one GEMM for the experts and their gates."""
-        return torch.cat([self.scaling * A.to(R.device), R])
-
-    def _summed(self, A: Tensor) -> Tensor:
-        """Σᵢ Aᵢ `(r, in)`."""
-        return A.to(self.lora_B.device).view(self.num_experts, self.r, -1).sum(0)
+        return torch.cat([self.scaling * A, R])
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
         self.check_mergeable()

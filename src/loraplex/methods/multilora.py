@@ -41,7 +41,7 @@ class MultiLoraFactors(Factors):
         self.lora_scaling.fill_(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        B = self.once(self._scaled, self.lora_B, self.lora_scaling)
+        B = self._scaled(self.lora_B, self.lora_scaling)
         return linear(linear(self.dropout(x), self.lora_A), B)
 
     def _scaled(self, B: Tensor, c: Tensor) -> Tensor:
