@@ -1,4 +1,4 @@
-"""`to_plain`: an adapter's folder → the folder of a plain LoRA. A hit imports neither torch nor PEFT."""
+"""`to_plain`: an adapter's folder → the folder of a plain LoRA. A hit reads a few files and loads no weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from loraplex.config import AdapterConfig
 from loraplex.plain_cache import PlainCache, size_limit
 from loraplex.version import __version__
 from loraplex.wish import WEIGHTS_NAME, WISH_NAME, Wish, read_json, sha256_of
 
-METHODS = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
-"""Adapter types that are converted; their classes would need PEFT."""
 CONFIG_NAME = "adapter_config.json"
 _CONVERSION = f"1 {__version__}"
 """Another conversion may write other files: entries of an older one are not used."""
@@ -40,8 +41,7 @@ def to_plain(folder: str | os.PathLike[str], base: str | os.PathLike[str] | None
     """
     source = _Source(Path(folder).absolute(), base)
     settings = source.settings()
-    method = settings.get("peft_type")
-    if method not in METHODS:
+    if not _is_ours(settings.get("peft_type")):
         return Path(folder)
     cache, signature = PlainCache(), source.signature()
     digest = cache.seen(source.key, signature) or source.digest()
@@ -53,6 +53,11 @@ def to_plain(folder: str | os.PathLike[str], base: str | os.PathLike[str] | None
     if source.is_settled(signature):
         cache.see(source.key, signature, digest)
     return path
+
+
+def _is_ours(peft_type: object) -> bool:
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) if isinstance(peft_type, str) else None  # type: ignore[call-overload]
+    return known is not None and issubclass(known, AdapterConfig)
 
 
 def hold(path: Path) -> object:
