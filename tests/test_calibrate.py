@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -258,6 +260,88 @@ def test_forward_keeps_its_gates() -> None:
     # Again: the same, not an average with the last time.
     assert calibrate(model, [inputs]) == found
     assert not model.training
+
+
+def _train(model: PeftModel) -> None:
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(**LLAMA.inputs()).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def _only(name: str) -> Callable[[PeftModel], None]:
+    """One number of one factor of one layer, past the version counter."""
+
+    def change(model: PeftModel) -> None:
+        parameters = h.adapter_parameters(model)
+        found = [parameter for key, parameter in parameters.items() if name in key]
+        found[-1].data[-1, -1] += 1e-6
+
+    return change
+
+
+def _rescale(model: PeftModel) -> None:
+    next(iter(h.layers_of(model).values())).factors("default").scaling *= 2
+
+
+CHANGES: dict[str, Callable[[PeftModel], Any]] = {
+    "training": _train,
+    "loading": lambda model: model.load_state_dict(
+        {key: 2 * value for key, value in model.state_dict().items() if "_factors." in key}, strict=False
+    ),
+    "one number of R": _only("lora_router"),
+    "one number of A": _only("lora_A"),
+    "one number of B": _only("lora_B"),
+    "rounding": lambda model: model.to(torch.bfloat16).float(),
+    "scaling": _rescale,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_gates_of_other_weights_are_refused(change: str, tmp_path: Any) -> None:
+    model = h.adapted("masa-router")
+    found = calibrate(model, [LLAMA.inputs(seed=2)])
+    CHANGES[change](model)
+    before = h.snapshot(model, LLAMA.inputs())
+    again = r"measured on other weights.*loraplex\.calibrate"
+    for refuse in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        lambda: loraplex.export_lora(model, tmp_path / "out"),
+        lambda: peft.convert_to_lora(model, 4),
+    ):
+        with pytest.raises(ValueError, match=again):
+            refuse()
+    assert not model.supports_lora_conversion()
+    h.assert_unchanged(before, h.snapshot(model, LLAMA.inputs()))
+    assert not list(tmp_path.iterdir())
+    anew = calibrate(model, [LLAMA.inputs(seed=2)])
+    assert anew.gates.keys() == found.gates.keys()
+    loraplex.export_lora(model, tmp_path / "out")
+    for name, delta in naive_updates(model, anew.gates).items():
+        rescaled = 2 if change == "scaling" and name.endswith("0.self_attn.q_proj") else 1
+        assert relative(h.products(tmp_path / "out")[name], rescaled * delta) < 1e-6
+
+
+def test_gates_last_while_the_weights_do(tmp_path: Any) -> None:
+    """Switches of mode, saving, wider dtypes, other adapters and loading the very same weights change nothing."""
+    model = h.adapted("masa-router")
+    found = calibrate(model, [LLAMA.inputs()])
+    model.train()
+    model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    model.load_state_dict({key: tensor.clone() for key, tensor in model.state_dict().items()}, assign=True)
+    model.add_adapter("second", config("masa-router"))
+    ready(model, "second", seed=1)
+    model.double()
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        loraplex.export_lora(one, tmp_path / "out", force=True)
+        for name, delta in naive_updates(one, found.gates).items():
+            assert relative(h.products(tmp_path / "out")[name], delta) < 1e-6
+    with pytest.raises(ValueError, match="depend on the input"):
+        loraplex.export_lora(model, tmp_path / "second", adapter_name="second")
 
 
 def test_dropout_takes_no_part() -> None:

@@ -102,7 +102,7 @@ def _measure(model: nn.Module, batches: list[Mapping[str, Any]], routed: list[Ma
 
 
 def _with_mean_gates(factors: MasaFactors, x: Tensor) -> Tensor:
-    A, B = factors.lora_form()
+    A, B = factors.mean_form()
     return linear(linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 

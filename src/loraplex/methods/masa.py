@@ -10,6 +10,7 @@ The paper's abstract does not fix how the experts' outputs are combined; `expert
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +22,7 @@ from torch.nn.functional import linear
 from loraplex.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
 from loraplex.layer import Factors, kaiming_, wide
 from loraplex.model import AdapterModel
+from loraplex.parallel import part
 from loraplex.sharing import Member, SharedFactors, read, select
 
 
@@ -62,7 +64,27 @@ class MasaFactors(Factors):
         if self.mixing == "router":
             R = torch.zeros(self.num_experts, self.in_features)
             self.lora_router = nn.Parameter(R if config.init_weights else nn.init.normal_(R))
-        self.mean_gate: Tensor | None = None
+        self._mean_gate: Tensor | None = None
+        self._calibrated = ""
+
+    @property
+    def mean_gate(self) -> Tensor | None:
+        """The router's mean gate `(n,)` on calibration text, or None. It belongs to the weights that are set with it:
+        merging and exporting refuse it once they have changed.
+        """
+        return self._mean_gate
+
+    @mean_gate.setter
+    def mean_gate(self, gate: Tensor | None) -> None:
+        self._mean_gate = gate
+        self._calibrated = "" if gate is None else self._digest()
+
+    def _digest(self) -> str:
+        """SHA-256 of what the gates depend on here, for any device and any dtype that holds the same values."""
+        digest = hashlib.sha256(repr(self.scaling).encode())
+        for factor in (getattr(self.shared, self.experts_name), self.lora_B, self.lora_router):
+            digest.update(part(factor).double().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def experts_name(self) -> str:
@@ -108,6 +130,10 @@ class MasaFactors(Factors):
 
     def lora_form(self) -> tuple[Tensor, Tensor]:
         self.check_mergeable()
+        return self.mean_form()
+
+    def mean_form(self) -> tuple[Tensor, Tensor]:
+        """`lora_form` with the mean gates as they are, whatever weights they were measured on."""
         B, A = self.scaling * wide(self.lora_B), wide(self.lora_A)
         if self.mixing == "concat":
             return A, B
@@ -126,6 +152,12 @@ class MasaFactors(Factors):
                 'MASA with expert_mixing="router" has no constant ΔW: its gates depend on the input, so it can\'t be '
                 "merged exactly. Run loraplex.calibrate(model, batches) on text of your task first to merge with the "
                 'mean gates (an approximation, whose error it reports), or train with "sum" or "concat".'
+            )
+        if self.mixing == "router" and self._calibrated != self._digest():
+            raise ValueError(
+                f"The mean gates of {self.module_name} were measured on other weights: the adapter was trained, loaded "
+                "or cast since loraplex.calibrate. Run loraplex.calibrate(model, batches) again before merging or "
+                "exporting."
             )
 
     def is_exact(self) -> bool:
