@@ -586,21 +586,38 @@ def test_bfloat16_base(method: str, autocast: bool) -> None:
     assert all(g.isfinite().all() for g in grads.values())
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
 @every_method
-def test_torch_autocast(method: str) -> None:
-    model = adapted(method).train()
-    expected = gradients(model, BATCH)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert output(model, BATCH).isfinite().all()
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=["no autocast", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_precision(method: str, dtype: torch.dtype, autocast: torch.dtype | None, training: bool) -> None:
+    """Outputs and gradients are those of the same numbers in float64, within the rounding of the dtypes in use."""
+    model = adapted(method, dtype=dtype).train(training)
+    exact = adapted(method, dtype=torch.float64).train(training)
+    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    with exact.disable_adapter():
+        base = output(exact, BATCH).double()
+    eps = max(torch.finfo(kind).eps for kind in (dtype, autocast or dtype))
+    expected, expected_grads = output(exact, BATCH), gradients(exact, BATCH)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        found = output(model, BATCH)
     # A block of its own: torch before 2.13 keeps the casts made without gradients for the rest of a block.
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         grads = gradients(model, BATCH)
-    assert set(grads) == set(expected)
+    assert h.relative(base, expected) > 0.3
+    # Rounding errors of five layers and a softmax: at most 4.7 % of outputs and 16 % of gradients in bfloat16. A
+    # missing or doubled scaling of 1.5 would be 33 % and more.
+    assert h.relative(found, expected) < 6 * eps
+    assert grads.keys() == expected_grads.keys() == h.adapter_parameters(model).keys()
     for name, grad in grads.items():
         assert grad.dtype == torch.float32
-        if expected[name].norm() > 0:
-            cosine = torch.cosine_similarity(grad.flatten(), expected[name].flatten(), dim=0)
-            assert cosine > 0.95, name
+        if expected_grads[name].norm() == 0:
+            assert grad.norm() == 0, name
+        else:
+            assert h.relative(grad, expected_grads[name]) < (20 if eps > 1e-6 else 40) * eps, name
 
 
 @every_method

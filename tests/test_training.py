@@ -389,6 +389,35 @@ def test_a_step_skipped_by_the_gradient_scaler_does_not_count(method: str, fused
     assert counts == [0, 1, 1, 2, 3]
 
 
+# Dual LoRA's straight-through gradient is clipped, which a scale changes: its own tests say what holds there.
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "DUALLORA"])
+def test_a_scaled_run_ends_at_the_same_parameters(method: str, fused: bool) -> None:
+    """A power of two changes no digit of a float32 gradient, and a skipped step none of the others."""
+
+    def run(scale: float, skipped: tuple[int, ...]) -> PeftModel:
+        model = adapted(method)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
+        for i, tokens in enumerate(batches(STEPS)):
+            if i in skipped and scale == 1:
+                continue
+            scaler.scale(loss_of(model, tokens)).backward()
+            if i in skipped:
+                trainable(model)[-1].grad.view(-1)[-1] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return model
+
+    start, plain, scaled = adapted(method), run(1, (1, 4)), run(2.0**16, (1, 4))
+    for first, one, other in zip(trainable(start), trainable(plain), trainable(scaled), strict=True):
+        assert not torch.equal(one, first)
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)
+    if method == "ASLORA":
+        assert progress(scaled) == progress(plain) != []
+
+
 def test_deepcopy_follows_its_own_optimizer() -> None:
     for method in SCHEDULED:
         model = adapted(method)
