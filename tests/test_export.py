@@ -856,7 +856,7 @@ def fail_in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         Path(path).write_bytes(b"\x10\0\0\0")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("loraplex.files.save_file", save)
+    monkeypatch.setattr("safetensors.torch.save_file", save)
 
 
 def fail_in_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -884,6 +884,7 @@ def fail_in_the_last_rename(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("os.rename", fail)
     monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("loraplex.files.exchange", lambda one, other: False)
 
 
 FAILURES = [fail_in_tensors, fail_in_config, fail_in_card, fail_in_the_last_rename]
@@ -965,7 +966,7 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from peft import LoraConfig, get_peft_model
-import loraplex, loraplex.files
+import loraplex, safetensors.torch
 
 folder, moment = Path(sys.argv[1]), None
 model = get_peft_model(
@@ -981,7 +982,7 @@ def die_at(name, function, after=False):
         return function(*args, **kwargs)
     return wrapped
 
-loraplex.files.save_file = die_at("tensors", die_at("half", loraplex.files.save_file, after=True))
+safetensors.torch.save_file = die_at("tensors", die_at("half", safetensors.torch.save_file, after=True))
 LoraConfig.save_pretrained = die_at("config", LoraConfig.save_pretrained, after=True)
 Path.write_text = die_at("card", Path.write_text, after=True)
 for moment in ("tensors", "half", "config", "card"):

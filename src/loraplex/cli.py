@@ -543,6 +543,9 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     from loraplex.inspect import describe
     from loraplex.training.report import print_description
 
+    from loraplex.files import recover
+
+    recover(args.adapter)
     if not args.adapter.is_dir():
         raise FileNotFoundError(f"adapter {args.adapter} is not a folder: give the folder of a saved adapter.")
     typed: list[tuple[str, Any]] = [("trust_remote_code", True)] if args.trust_remote_code else []

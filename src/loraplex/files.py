@@ -18,14 +18,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loraplex.exchange import exchange
 from loraplex.field_types import shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
 if sys.platform != "win32":
     import fcntl
 
@@ -56,6 +55,8 @@ def place_of(target: Path) -> Path:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write a safetensors file that whoever may read its folder can read; safetensors itself closes it to others."""
+    from safetensors.torch import save_file  # commands that only look for a folder need no torch
+
     save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, {"format": "pt", **metadata})
     path.chmod(path.parent.stat().st_mode & 0o666)
 
@@ -140,8 +141,8 @@ def _new_folder(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target`, claimed as long as this process lives, and removed when the block ends."""
     while True:
         folder = _beside(target, "tmp")
-        folder.mkdir()
         try:
+            folder.mkdir()
             with _claimed(folder) as ours:
                 if ours is not False:  # else another process took it for a leftover
                     yield folder
@@ -184,11 +185,12 @@ def _lock(handle: int, path: Path) -> bool | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
+    with _uninterrupted():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
