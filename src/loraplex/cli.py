@@ -540,10 +540,9 @@ def _study(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.files import recover
     from loraplex.inspect import describe
     from loraplex.training.report import print_description
-
-    from loraplex.files import recover
 
     recover(args.adapter)
     if not args.adapter.is_dir():

@@ -7,146 +7,28 @@ run leaves nothing else behind.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import shutil
-import signal
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from interrupting import NEW, OLD, contents, exchange, fill, leftovers, replace
 
-import loraplex.exchange as exchange
-import loraplex.files as files
 from loraplex.files import check_target, recover, replaced_folder
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-OLD = {"old.txt": "old", "sub/more.txt": "more"}
-NEW = {"new.txt": "new"}
-_TRACED = {module.__file__ for module in (files, exchange, shutil)}
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["loraplex.files"])
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def fill(folder: Path, content: dict[str, str]) -> None:
-    for name, text in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-
-
-def prepare(room: Path, there: str) -> Path:
-    """A fresh folder with a target in it: "nothing", an "empty" or "old" folder, a "file", or a "link" to a folder."""
-    shutil.rmtree(room, ignore_errors=True)
-    room.mkdir()
-    target = room / "target"
-    if there == "empty":
-        target.mkdir()
-    elif there == "file":
-        target.write_text("old")
-    elif there == "old":
-        fill(target, OLD)
-    elif there == "link":
-        fill(room / "real", OLD)
-        target.symlink_to("real")
-    return target
-
-
-def replace(target: Path) -> None:
-    check_target(target, force=True)
-    with replaced_folder(target) as folder:
-        fill(folder, NEW)
-
-
-def at_line(number: int, act: Callable[[], None]) -> None:
-    """Call `act` before the so-manyeth line of the traced modules."""
-    left = [number]
-
-    def trace(frame, event, argument):  # type: ignore[no-untyped-def]
-        if frame.f_code.co_filename not in _TRACED:
-            return None
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                act()
-        return trace
-
-    sys.settrace(trace)
-
-
-def _ends_at(target: Path, number: int, how: str) -> int:
-    """Exit code of a fork that replaces `target` and is ended at a line; 0 if it came through."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            wanted = signal.SIGKILL if how == "kill" else signal.SIGINT
-            at_line(number, lambda: os.kill(os.getpid(), wanted))
-            replace(target)
-            code = 0
-        except KeyboardInterrupt:
-            code = 130
-        finally:
-            sys.settrace(None)
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _every_line(room: Path, there: str, how: str, swaps: bool, found: Path) -> None:
-    """Writes what is wrong into `found`, and how many moments were tried."""
-    if not swaps:
-        files.exchange = lambda one, other: False  # type: ignore[assignment]
-    wrong: list[str] = []
-    number, code = 0, -1
-    while code != 0:
-        number += 1
-        target = prepare(room, there)
-        before = contents(target) if there in ("old", "link") else {}
-        code = _ends_at(target, number, how)
-        wrong += [f"line {number}: {text}" for text in _look(target, there, before, how, code)]
-    found.write_text("\n".join([str(number), *wrong]))
-
-
-def _look(target: Path, there: str, before: dict[str, str], how: str, code: int) -> list[str]:
-    wrong = [] if code in (0, 130, -signal.SIGKILL) else [f"exit code {code}"]
-    recover(target)  # as every command does before it says that something is missing
-    kept = target.is_file() if there == "file" else contents(target) == before
-    if not kept and contents(target) != NEW:
-        wrong.append(f"{sorted(contents(target))} stands there")
-    if code == 0 and contents(target) != NEW:
-        wrong.append("success without the new output")
-    if there == "link" and not target.is_symlink():
-        wrong.append("the link is gone")
-    if how == "ctrl-c" and files.exchange is exchange.exchange and (left := leftovers(target)):
-        wrong.append(f"leaves {left}")
-    replace(target)
-    if contents(target) != NEW or leftovers(target):
-        wrong.append(f"the next run leaves {leftovers(target)}")
-    return wrong
-
-
-def leftovers(target: Path) -> list[str]:
-    return [path.name for path in target.parent.iterdir() if path.name not in ("target", "real")]
-
-
+WORKER = Path(__file__).with_name("interrupting.py")
 CASES = [("old", "kill", True), ("old", "kill", False), ("link", "kill", True), ("nothing", "kill", True)]
 CASES += [("file", "kill", False), ("old", "ctrl-c", True), ("old", "ctrl-c", False), ("empty", "ctrl-c", True)]
 CASES += [("link", "ctrl-c", False)]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("there", "how", "swaps"), CASES)
 def test_ended_at_every_line(tmp_path: Path, there: str, how: str, swaps: bool) -> None:
-    # In a process that has one thread, or a fork may wait for ever, and little memory, or forks take long.
-    process = _context.Process(target=_every_line, args=(tmp_path / "room", there, how, swaps, tmp_path / "found"))
-    process.start()
-    process.join()
-    count, *wrong = (tmp_path / "found").read_text().splitlines()
+    command = [sys.executable, str(WORKER), str(tmp_path / "room"), there, how, str(swaps)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    count, *wrong = output.splitlines()
     assert wrong == []
     assert int(count) > 50
 
