@@ -78,6 +78,18 @@ def relative_path(name: object, source: object) -> Path:
     return Path(*(file_name(part, source) for part in str(name).split("/")))
 
 
+def expanded(path: str) -> Path:
+    """`path` with `~` and `~user` replaced by the home folder.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{shown(path)} starts with the name of a user whose home folder is not known.") from None
+
+
 def read_text(path: Path, what: str = "text", limit: int = MAX_BYTES) -> str:
     """The text of a UTF-8 file of at most `limit` bytes.
 

@@ -346,9 +346,9 @@ def test_trl_puts_the_loss_on_the_answers_only(write, tmp_path, chat):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("r.jsonl", '{"a": 1}\n{"a": \n', r"r\.jsonl, line 2 is not valid JSON"),
+        ("r.jsonl", '{"a": 1}\n{"a": \n', r"r\.jsonl, line 2 is not JSON"),
         ("r.jsonl", '{"a": 1}\n\n[1]\n', r"r\.jsonl, line 3 is a list"),
-        ("r.json", '{"a": 1}\n{"a": 2}', r"line 2 is not valid JSON.*suffix \.jsonl"),
+        ("r.json", '{"a": 1}\n{"a": 2}', r"is not JSON.*line 2.*suffix \.jsonl"),
         ("r.json", '{"a": 1}', "holds a dict: it must be a list"),
         ("r.json", "[1]", "item 1 is a int"),
         ("r.csv", "a,b\n1,2\n3\n", "line 3 does not have the header's 2 cells"),

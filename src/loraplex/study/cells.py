@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraplex.reading import read_json
 from loraplex.study.config import BASE, StudyConfig
 from loraplex.study.sizes import Sized
 from loraplex.training.checkpoints import RUN_NAME
-from loraplex.training.config import RunConfig, build_run, parse_yaml
+from loraplex.training.config import RunConfig, build_run, read_yaml
 from loraplex.training.metrics import METRICS_NAME, read_rows
 
 JOB_NAME = "job.json"
@@ -140,8 +140,8 @@ class Folder:
     def started_as(self) -> dict[str, Any] | None:
         """The configuration that it was started with."""
         file = self.path / RUN_NAME
-        return parse_yaml(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
+        return read_yaml(file) if file.is_file() else None
 
     def _json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(file, dict, "delete the cell's folder; it is run again") if file.is_file() else None

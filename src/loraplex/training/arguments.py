@@ -14,6 +14,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from loraplex.field_types import shown
 from loraplex.parallel import DDP_INSTEAD, FSDP2_INSTEAD
 from loraplex.training.config import ConfigError, RunConfig, TrainSection, nearest, unknown_key
 
@@ -213,7 +214,7 @@ def _checked(cls: type, values: dict[str, Any], known: set[str], section: str) -
         try:
             checked[name] = _adapter_for(hints[name]).validate_python(value)
         except ValidationError as error:
-            raise ConfigError(f"{section}.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+            raise ConfigError(f"{section}.{name} is {shown(value)}: {error.errors()[0]['msg']}") from None
     return checked
 
 

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from loraplex.field_types import shown
+from loraplex.reading import read_json, relative_path
 from loraplex.training.config import ConfigError, RunConfig, load_run
 
 RUN_NAME = "run.yaml"
@@ -68,13 +70,18 @@ def seal(checkpoint: Path) -> None:
 def fault_of(checkpoint: Path) -> str | None:
     """What makes a checkpoint unusable, or None: a file that is missing, cut off or damaged."""
     try:
-        listed = json.loads((checkpoint / FILES_NAME).read_text(encoding="utf-8"))
+        listed = read_json(checkpoint / FILES_NAME, dict)
     except FileNotFoundError:
         return f"{FILES_NAME} is missing"
     except ValueError:
         return f"{FILES_NAME} is cut off"
     for name, signature in listed.items():
-        file = checkpoint / name
+        try:
+            file = checkpoint / relative_path(name, FILES_NAME)
+        except ValueError as error:
+            return str(error)
+        if not isinstance(signature, dict) or not isinstance(signature.get("bytes"), int):
+            return f"{FILES_NAME} is damaged"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size < signature["bytes"]:
@@ -138,11 +145,12 @@ def check_same_run(run: RunConfig, output_dir: Path) -> list[str]:
     for key in changed:
         if not key.startswith("train.") or key == "train.seed":
             raise ConfigError(
-                f"can't resume {output_dir}: {key} was {before.get(key)!r} and is {now.get(key)!r} now. "
+                f"can't resume {output_dir}: {key} was {shown(before.get(key))} and is {shown(now.get(key))} now. "
                 f"Resume with {path}, or start a new run in another --output_dir."
             )
     return [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r} now: the result is not that of an unbroken run"
+        f"{key} was {shown(before.get(key))} and is {shown(now.get(key))} now: "
+        "the result is not that of an unbroken run"
         for key in changed
     ]
 

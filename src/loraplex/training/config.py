@@ -7,7 +7,6 @@ Nothing here imports torch: reading a configuration is quick, and so is refusing
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from loraplex.training.spec import DataSpec
+from loraplex.field_types import shown
+from loraplex.training.errors import ConfigError
+from loraplex.training.spec import DataSpec, PathText, Whole
+from loraplex.training.yaml_text import parse_yaml, read_yaml
 
 METHODS = ("masa", "aslora", "dual_lora", "multilora", "lora")
 """The methods that this project is about, and plain LoRA; a run may name any other of PEFT's too."""
@@ -34,39 +36,35 @@ _TRAIN_SYNONYMS = {
 }
 
 
-class ConfigError(ValueError):
-    """A configuration that can't be used; the message names the value, where it stands and the remedy."""
-
-
 class TrainSection(BaseModel):
     """How to train: fields of TRL's SFTConfig (task: sft) or transformers' TrainingArguments (classification).
 
     The fields below have defaults of their own; any other field of those classes may be given too.
     """
 
-    model_config = ConfigDict(extra="allow", validate_default=True)
+    model_config = ConfigDict(extra="allow", validate_default=True, allow_inf_nan=False)
 
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
-    per_device_train_batch_size: int = Field(8, ge=1, description="examples per device and micro-step")
-    per_device_eval_batch_size: int = Field(16, ge=1, description="examples per evaluation batch")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-steps per update")
+    per_device_train_batch_size: Whole = Field(8, ge=1, description="examples per device and micro-step")
+    per_device_eval_batch_size: Whole = Field(16, ge=1, description="examples per evaluation batch")
+    gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-steps per update")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the mixture; max_steps wins over it")
-    max_steps: int = Field(-1, ge=-1, description="updates in all; -1 = by num_train_epochs")
+    max_steps: Whole = Field(-1, ge=-1, description="updates in all; -1 = by num_train_epochs")
     warmup_steps: float = Field(0, ge=0, description="updates, or a fraction of the run if below 1")
     lr_scheduler_type: str = Field("linear", description="linear, cosine, constant_with_warmup, …")
     weight_decay: float = Field(0.0, ge=0, description="never applied to MultiLoRA's scaling factors")
-    max_length: int = Field(512, ge=8, description="tokens per example; longer prompts are cut, answers kept")
+    max_length: Whole = Field(512, ge=8, description="tokens per example; longer prompts are cut, answers kept")
     chat: bool = Field(True, description="put prompts and answers into the tokenizer's chat template, if it has one")
-    logging_steps: int = Field(1, ge=1, description="updates between two rows of metrics.jsonl")
-    eval_steps: int | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
+    logging_steps: Whole = Field(1, ge=1, description="updates between two rows of metrics.jsonl")
+    eval_steps: Whole | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
     eval_on_start: bool = Field(True, description="evaluate the base model before training")
-    save_steps: int = Field(100, ge=1, description="updates between two checkpoints")
-    save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
+    save_steps: Whole = Field(100, ge=1, description="updates between two checkpoints")
+    save_total_limit: Whole | None = Field(2, ge=1, description="checkpoints kept")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="at a NaN or Inf in loss or gradients: stop the run, or leave the update out"
     )
-    seed: int = Field(0, ge=0, description="of the adapter, the mixture and the order of the examples")
+    seed: Whole = Field(0, ge=0, description="of the adapter, the mixture and the order of the examples")
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -77,10 +75,10 @@ class TrainSection(BaseModel):
 class RunConfig(BaseModel):
     """One training run."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
-    model: str = Field(description="hub id, local folder, or package:NAME")
-    gguf_file: str | None = Field(None, description="GGUF file inside the model's folder or repository")
+    model: PathText = Field(description="hub id, local folder, or package:NAME")
+    gguf_file: PathText | None = Field(None, description="GGUF file inside the model's folder or repository")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     trust_remote_code: bool = Field(False, description="run the code that a hub model brings along")
     dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the base weights")
@@ -93,7 +91,7 @@ class RunConfig(BaseModel):
     train: TrainSection = Field(
         default_factory=lambda: TrainSection.model_validate({}), description="learning rate, batch size, steps, …"
     )
-    output_dir: str = Field(min_length=1, description="where adapter, checkpoints, metrics and plot go")
+    output_dir: PathText = Field(min_length=1, description="where adapter, checkpoints, metrics and plot go")
 
     @property
     def source(self) -> Any:
@@ -103,52 +101,6 @@ class RunConfig(BaseModel):
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
         }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where `1e-4` is a number (as in YAML 1.2) and a key given twice is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here, before `<<` brings in keys that the mapping's own may replace.
-        node = super().compose_mapping_node(anchor)
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node)
-            if key in seen:
-                raise ConfigError(f"{key!r} is given twice (line {key_node.start_mark.line + 1}): keep one of them.")
-            seen.add(key)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; `source` names it in errors."""
-    try:
-        # A subclass of SafeLoader: builds plain values only.
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {what}: give the path of a run's YAML file (see configs/ for examples).")
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping: write `key: value` lines.")
-    return tree
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
@@ -181,7 +133,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise ConfigError(f"--{key}: {'.'.join(parents)} is the value {node!r} and has no fields.")
+        raise ConfigError(f"--{key}: {'.'.join(parents)} is the value {shown(node)} and has no fields.")
 
 
 def _child(node: Any, part: str, fresh: Any, key: str) -> Any:
@@ -191,14 +143,14 @@ def _child(node: Any, part: str, fresh: Any, key: str) -> Any:
             node.append({})
         return node[index]
     if not isinstance(node, dict):
-        raise ConfigError(f"--{key}: {part!r} can't be looked up in the value {node!r}.")
+        raise ConfigError(f"--{key}: {part!r} can't be looked up in the value {shown(node)}.")
     if node.get(part) is None:
         node[part] = fresh
     return node[part]
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) > len(node):
+    if not (part.isascii() and part.isdigit() and len(part) < 10) or int(part) > len(node):
         raise ConfigError(
             f"--{key}: {part!r} is no position in a list of {len(node)}: use 0 to {len(node) - 1}, "
             f"or {len(node)} to append."
@@ -227,23 +179,30 @@ def build_run(tree: dict[str, Any], source: str, overridden: set[str] | None = N
     except ValidationError as error:
         sections: dict[str, type[BaseModel]] = {"train": TrainSection, "data": DataSpec}
         lines = [explain(entry, source, overridden or set(), RunConfig, sections) for entry in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError(joined(lines)) from None
+
+
+def joined(lines: Iterable[str], most: int = 20) -> str:
+    """Different lines of a message, of many only the first."""
+    different = list(dict.fromkeys(lines))
+    rest = len(different) - most
+    return "\n".join([*different[:most], *([f"and {rest:,} more"] if rest > 0 else [])])
 
 
 def explain(
     entry: Any, source: str, overridden: set[str], root: type[BaseModel], sections: dict[str, type[BaseModel]]
 ) -> str:
     """One of pydantic's errors in our words. `sections`: key → the model of what stands under it."""
-    path = ".".join(str(part) for part in entry["loc"])
+    path = ".".join(part if len(part := str(name)) < 200 else shown(part) for name in entry["loc"])
     place = "the command line" if any(path == k or path.startswith(f"{k}.") for k in overridden) else source
     if entry["type"] == "extra_forbidden":
         return unknown_key(path, _names_beside(entry["loc"], root, sections), place)
     if entry["type"] == "missing":
         return f"{source}: {path} is missing: add `{path}: …` or give --{path}."
     message = entry["msg"].removeprefix("Value error, ")
-    if isinstance(entry["input"], dict):
+    if isinstance(entry["input"], dict) or len(message) > 200:
         return f"{place}: {path}: {message}"
-    return f"{place}: {path} is {entry['input']!r}: {message}"
+    return f"{place}: {path} is {shown(entry['input'])}: {message}"
 
 
 def _names_beside(location: tuple[Any, ...], root: type[BaseModel], sections: dict[str, type[BaseModel]]) -> list[str]:

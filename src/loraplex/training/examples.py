@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from loraplex.field_types import shown
 from loraplex.training.rows import Rows, class_names
 from loraplex.training.spec import DataSpec, template_columns
 
@@ -71,18 +73,27 @@ def label_map(spec: DataSpec, *parts: Rows) -> dict[str, str]:
         }
         names = {value: value for value in sorted(found, key=_number_first)}
     if len(set(names.values())) < 2:
-        raise ValueError(f"{spec.path} has one class only, {list(names.values())}, in column {spec.label_column!r}")
+        raise ValueError(
+            f"{spec.path} has one class only, {shown(list(names.values()))}, in column {spec.label_column!r}"
+        )
     return names
 
 
 def cell(row: Row, column: str, where: str) -> Any:
     """A row's value in `column`; ValueError if the row has no such column, or None or NaN in it."""
     if column not in row:
-        raise ValueError(f"{where} has no column {column!r}: its columns are {', '.join(row)}")
+        raise ValueError(f"{where} has no column {column!r}: its columns are {_some(row)}")
     value = row[column]
-    if value is None or value != value:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         raise ValueError(f"{where}: column {column!r} is {value}: fill it in, or remove the row")
     return value
+
+
+def _some(names: Iterable[str], most: int = 30) -> str:
+    """Names in a message, of many the first."""
+    known = list(names)
+    rest = f" and {len(known) - most:,} more" if len(known) > most else ""
+    return ", ".join(name if len(name) < 100 else shown(name) for name in known[:most]) + rest
 
 
 def _form_of_columns(columns: Sequence[str], path: str) -> dict[str, str]:
@@ -90,7 +101,7 @@ def _form_of_columns(columns: Sequence[str], path: str) -> dict[str, str]:
         return {"prompt": "{prompt}", "response": "{completion}"}
     if "messages" in columns:
         return {"messages": "messages"}
-    raise ValueError(f"{path} needs prompt and response templates; its columns are {', '.join(columns)}")
+    raise ValueError(f"{path} needs prompt and response templates; its columns are {_some(columns)}")
 
 
 def _labels(spec: DataSpec, rows: Rows) -> dict[str, str] | None:
@@ -110,14 +121,14 @@ def _number_first(value: str) -> tuple[bool, float, str]:
 def _translate(row: Row, column: str, labels: Mapping[str, str], where: str) -> str:
     value = str(cell(row, column, where))
     if value not in labels:
-        raise ValueError(f"{where}: {column} {value!r} is not in labels, which has {', '.join(labels)}: add it")
+        raise ValueError(f"{where}: {column} {shown(value)} is not in labels, which has {_some(labels)}: add it")
     return labels[value]
 
 
 def _text(row: Row, column: str, where: str) -> str:
     value = cell(row, column, where)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: column {column!r} is {value!r}, not a text: fill it in, or remove the row")
+        raise ValueError(f"{where}: column {column!r} is {shown(value)}, not a text: fill it in, or remove the row")
     return value
 
 
@@ -134,7 +145,9 @@ def _answered(spec: DataSpec, labels: Mapping[str, str] | None, row: Row, where:
     if choices is None:
         return example
     if response not in choices:
-        raise ValueError(f"{where}: the response {response!r} is not among the choices {choices}: correct one of them")
+        raise ValueError(
+            f"{where}: the response {shown(response)} is not among the choices {shown(choices)}: correct one of them"
+        )
     example["choices"] = [_pair(prompt, choice, chat)[1] for choice in choices]
     return example | {"answer": choices.index(response)}
 
@@ -143,14 +156,19 @@ def _render(spec: DataSpec, template: str, labels: Mapping[str, str] | None, row
     values = {column: cell(row, column, where) for column in template_columns(template)}
     if labels is not None and spec.label_column in values:
         values[spec.label_column] = _translate(row, spec.label_column, labels, where)
-    return _Template().vformat(template, (), values)
+    try:
+        return _Template().vformat(template, (), values)
+    except (ValueError, TypeError) as error:  # a format that the column's value has not
+        raise ValueError(f"{where}: the template {shown(template)} can't be filled in: {error}") from None
 
 
 def _choices(spec: DataSpec, labels: Mapping[str, str] | None, row: Row, where: str) -> list[str] | None:
     if isinstance(spec.choices, str):
         found = cell(row, spec.choices, where)
         if not isinstance(found, list) or len(found) < 2:
-            raise ValueError(f"{where}: choices column {spec.choices!r} is {found!r}: it must list two answers or more")
+            raise ValueError(
+                f"{where}: choices column {spec.choices!r} is {shown(found)}: it must list two answers or more"
+            )
         return [str(choice) for choice in found]
     if spec.choices is None and labels is not None and spec.response == f"{{{spec.label_column}}}":
         return list(dict.fromkeys(labels.values()))
@@ -171,9 +189,11 @@ def _pair(prompt: str, response: str, chat: bool) -> tuple[Any, Any]:
 def _conversation(messages: Any, where: str) -> list[Example]:
     """One example for each answer of the assistant, with all that came before it as its prompt."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{where}: messages must be a list of objects with role and content, got {messages!r}")
+        raise ValueError(f"{where}: messages must be a list of objects with role and content, got {shown(messages)}")
     turns = [{key: _text(message, key, where) for key in ("role", "content")} for message in messages]
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant" and index > 0]
     if not answers:
-        raise ValueError(f"{where}: no assistant message follows a prompt; roles: {[turn['role'] for turn in turns]}")
+        raise ValueError(
+            f"{where}: no assistant message follows a prompt; roles: {shown([turn['role'] for turn in turns])}"
+        )
     return [{"prompt": turns[:index], "completion": [turns[index]]} for index in answers]

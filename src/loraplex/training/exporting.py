@@ -19,6 +19,7 @@ from loraplex.files import check_target, place_of, replaced_folder
 from loraplex.merged import MergedExport, OtherLayout, merge_checkpoint, merged_weight
 from loraplex.methods.masa import MasaFactors
 from loraplex.model import tied_layers
+from loraplex.reading import expanded
 from loraplex.training.adapted import adapter_json, data_entry, labels_of, load_adapted, load_on_skeleton
 from loraplex.training.config import ConfigError, RunConfig, build_run
 from loraplex.training.data import load_task
@@ -61,7 +62,7 @@ def export_adapter(
         ValueError: the target is not empty, or the adapter can't be exported as asked.
     """
     check_target(job.target, job.force)
-    _check_sources(job.target, [adapter, Path(run.model).expanduser()])
+    _check_sources(job.target, [adapter, expanded(run.model)])
     _check_calibration(adapter, job.calibration is not None)
     labels = labels_of(adapter, run)
     found = None if job.calibration is None else _calibrate(adapter, run, labels, job.calibration)

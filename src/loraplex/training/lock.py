@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from loraplex.reading import read_json
 from loraplex.training.config import ConfigError
 from loraplex.training.progress import note
 
@@ -54,9 +55,11 @@ def _in_use(folder: Path, process: Any) -> ConfigError:
 
 def _holder(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        holder: dict[str, Any] = read_json(path, dict)
     except (FileNotFoundError, ValueError):  # ValueError: killed before it was written
         return None
+    known = isinstance(holder.get("host"), str) and isinstance(holder.get("pid"), int)
+    return holder if known and isinstance(holder.get("started"), float) else None
 
 
 def _lives(holder: dict[str, Any]) -> bool:
@@ -65,5 +68,5 @@ def _lives(holder: dict[str, Any]) -> bool:
         # Numbers are given out again, in a container often the same one to the next process.
         same = abs(process.create_time() - holder["started"]) < _SAME_START
         return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # or a number that no process has
         return False

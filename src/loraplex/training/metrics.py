@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from loraplex.field_types import shown
+from loraplex.reading import parse_json
+
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "loss.png"
 
@@ -28,10 +31,22 @@ def read_rows(path: Path) -> list[Row]:
         return []
     data = path.read_bytes()  # whose last line may end within a character
     whole = data[: data.rfind(b"\n") + 1]
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), start=1)]
+
+
+def _row(line: bytes, where: str) -> Row:
+    """One event; its step and kind are there, and an evaluation's task."""
+    remedy = "delete the line or the file"
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} holds a line that is not JSON ({error}): delete the line or the file.") from None
+        row = parse_json(line.decode("utf-8"), where, remedy)
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} is not UTF-8 text: {remedy}.") from None
+    kinds = {"step": int, "event": str} | (
+        {"task": str} if isinstance(row, dict) and row.get("event") == "eval" else {}
+    )
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{where} is {shown(row)}, no event of a run: {remedy}.")
+    return row
 
 
 class MetricsLog:

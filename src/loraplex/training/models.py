@@ -25,7 +25,7 @@ from typing_extensions import TypedDict, Unpack
 
 from loraplex.field_types import shown
 from loraplex.merged import indexed
-from loraplex.reading import file_name, message_of, read_json, relative_path
+from loraplex.reading import expanded, file_name, message_of, read_json, relative_path
 from loraplex.training.out_of_memory import is_out_of_memory
 from loraplex.training.packages import PACKAGE_PREFIX
 from loraplex.training.spec import Kind
@@ -62,7 +62,7 @@ def resolve_model(model: str, gguf_file: str | None = None, revision: str | None
     """
     if model.startswith(PACKAGE_PREFIX):
         return str(package_model(model.removeprefix(PACKAGE_PREFIX)))
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return str(cached_gguf(path / relative_path(gguf_file, "gguf_file")) if gguf_file else path.absolute())
     if path.suffix == ".gguf":

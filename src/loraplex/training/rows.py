@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
+from loraplex.field_types import shown
+from loraplex.reading import expanded, file_name, message_of, parse_json, read_json
 from loraplex.training.packages import PACKAGE_PREFIX, read_package
 
 Rows = Sequence[Mapping[str, Any]]
@@ -39,7 +41,7 @@ def class_names(rows: Rows, column: str) -> list[str] | None:
 
 
 def _read_local_or_hub(path: str, split: str, subset: str | None) -> Rows:
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_dir():
         return _read_folder(place, split)
     if place.is_file():
@@ -48,7 +50,8 @@ def _read_local_or_hub(path: str, split: str, subset: str | None) -> Rows:
         return _read_file(place)
     if place.suffix in SUFFIXES or path.startswith((".", "/", "~")):
         raise FileNotFoundError(f"data file {path!r} does not exist (looked in {Path.cwd()})")
-    rows = load_dataset(path, subset, split=split)
+    with _reading(path):
+        rows = load_dataset(path, subset, split=split)
     if not isinstance(rows, Dataset):
         raise ValueError(f"data set {path!r} gave {type(rows).__name__} for split {split!r}: name one split")
     return rows
@@ -56,7 +59,9 @@ def _read_local_or_hub(path: str, split: str, subset: str | None) -> Rows:
 
 def _read_folder(folder: Path, split: str) -> Rows:
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
-        saved = load_from_disk(str(folder))
+        _check_saved(folder)
+        with _reading(str(folder)):
+            saved = load_from_disk(str(folder))
         if isinstance(saved, DatasetDict):
             if split not in saved:
                 raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(saved)}")
@@ -68,6 +73,34 @@ def _read_folder(folder: Path, split: str) -> Rows:
             return _read_file(file)
     inside = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
     raise FileNotFoundError(f"{folder} has no {split}.jsonl, .json, .csv or .parquet; it holds {inside}")
+
+
+def _check_saved(folder: Path) -> None:
+    """Check the names of files and splits in what `save_to_disk` wrote: each becomes a path that is read."""
+    listed = folder / "dataset_dict.json"
+    splits = read_json(listed, dict).get("splits") if listed.is_file() else None
+    if splits is not None and not isinstance(splits, list):
+        raise ValueError(f"{listed}: splits is {shown(splits)}, not a list of names")
+    for part in [folder, *(folder / file_name(name, listed) for name in splits or ())]:
+        state = part / "state.json"
+        if not state.is_file():
+            continue
+        files = read_json(state, dict).get("_data_files")
+        if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+            raise ValueError(f"{state}: _data_files is {shown(files)}, not a list of files")
+        for file in files:
+            file_name(file.get("filename"), state)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """What `datasets` says of files that it can't read, as a ValueError that names them."""
+    try:
+        yield
+    except (OSError, MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise ValueError(f"data set {path!r} can't be read: {type(error).__name__}: {message_of(error)}") from error
 
 
 def _read_file(path: Path) -> Rows:
@@ -89,20 +122,16 @@ def _read_jsonl(path: Path, text: str) -> Rows:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
-        rows.append(_object(row, f"{path}, line {number}"))
+        rows.append(_object(parse_json(line, f"{path}, line {number}"), f"{path}, line {number}"))
     return rows
 
 
 def _read_json(path: Path, text: str) -> Rows:
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; one object per line needs the suffix .jsonl" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}, line {error.lineno} is not valid JSON: {error}{hint}") from error
+        rows = parse_json(text, str(path))
+    except ValueError as error:
+        hint = "; one object per line needs the suffix .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{str(error).rstrip('.')}{hint}") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}: it must be a list of objects")
     return [_object(row, f"{path}, item {number}") for number, row in enumerate(rows, start=1)]
@@ -129,9 +158,9 @@ def _read_csv(path: Path, text: str) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
         return parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    except (ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {message_of(error)}") from error

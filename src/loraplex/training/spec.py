@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import string
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from loraplex.field_types import shown
 from loraplex.training.packages import PACKAGE_PREFIX, package_data
 
 Kind = Literal["sft", "classification"]
@@ -15,29 +17,48 @@ EVAL_FIELDS = frozenset({"eval_path", "eval_split", "eval_fraction", "eval_size"
 TEST_FIELDS = frozenset({"test_path", "test_split", "test_fraction", "test_size"})
 ANSWER_FIELDS = frozenset({"prompt", "response", "messages", "labels", "choices"})
 
+_WIDEST = 1000
+"""Characters that a template's format may pad a field to."""
+
+
+def _without_null(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("it holds a null character, which no name of a file has")
+    return text
+
+
+Whole = Annotated[int, Field(le=2**31 - 1)]
+"""An integer that every library behind it can take."""
+PathText = Annotated[str, AfterValidator(_without_null)]
+"""What becomes a path, or a name on the hub."""
+
 
 class DataSpec(BaseModel):
     """One data set, and how its rows become examples. A packaged data set has defaults of its own."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    path: str = Field(min_length=1, description="File (.jsonl, .json, .csv, .parquet), folder, hub id or package:NAME")
+    path: PathText = Field(
+        min_length=1, description="File (.jsonl, .json, .csv, .parquet), folder, hub id or package:NAME"
+    )
     name: str = Field("", description="What reports call the task; the last part of `path` if left out")
     split: str = Field("train", description="Split to train on, where `path` has splits")
     subset: str | None = Field(None, description="Configuration of a hub data set, or subset of a packaged one")
-    eval_path: str | None = Field(None, description="Separate held-out data, in any form that `path` may have")
+    eval_path: PathText | None = Field(None, description="Separate held-out data, in any form that `path` may have")
     eval_split: str | None = Field(None, description="Split to evaluate on, of `eval_path` or else of `path`")
     eval_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to hold out at random")
-    eval_size: int | None = Field(None, gt=0, description="Number of held-out rows, drawn at random")
-    test_path: str | None = Field(None, description="Data to test on, which no training run looks at; like eval_path")
+    eval_size: Whole | None = Field(None, gt=0, description="Number of held-out rows, drawn at random")
+    test_path: PathText | None = Field(
+        None, description="Data to test on, which no training run looks at; like eval_path"
+    )
     test_split: str | None = Field(None, description="Split to test on, of `test_path` or else of `path`")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to test on, drawn at random")
-    test_size: int | None = Field(None, gt=0, description="Number of rows to test on, drawn at random")
-    split_seed: int | None = Field(
+    test_size: Whole | None = Field(None, gt=0, description="Number of rows to test on, drawn at random")
+    split_seed: Whole | None = Field(
         None, ge=0, description="Which rows are held out at random; the run's seed if left out"
     )
-    weight: float | None = Field(None, gt=0, description="Share in a mixture, relative to the other tasks")
-    max_examples: int | None = Field(None, gt=0, description="Train on at most so many rows, drawn at random")
+    weight: float | None = Field(None, gt=0, le=1e9, description="Share in a mixture, relative to the other tasks")
+    max_examples: Whole | None = Field(None, gt=0, description="Train on at most so many rows, drawn at random")
     prompt: str | None = Field(None, description="Template over the columns, e.g. 'Review: {text}\\nSentiment:'")
     response: str | None = Field(None, description="Template of the answer, e.g. '{label}'")
     messages: str | None = Field(None, description="Column of chat messages (role, content), instead of templates")
@@ -49,8 +70,11 @@ class DataSpec(BaseModel):
         None, description="Candidate answers, or the column that lists them: evaluation scores them by likelihood"
     )
 
-    generate: int | None = Field(
-        None, gt=0, description="Evaluate exact_match too: greedy decoding of up to so many tokens writes the answer"
+    generate: Whole | None = Field(
+        None,
+        gt=0,
+        le=100_000,
+        description="Evaluate exact_match too: greedy decoding of up to so many tokens writes the answer",
     )
 
     @field_validator("labels", mode="before")
@@ -63,13 +87,15 @@ class DataSpec(BaseModel):
     @classmethod
     def _template_parses(cls, template: str | None) -> str | None:
         if template is not None and "" in template_columns(template):
-            raise ValueError(f"template {template!r} has an empty {{}}: name a column, or write {{{{ }}}} for braces")
+            raise ValueError(
+                f"template {shown(template)} has an empty {{}}: name a column, or write {{{{ }}}} for braces"
+            )
         return template
 
     @model_validator(mode="after")
     def _fields_agree(self) -> DataSpec:
         if self.messages is not None and (self.prompt is not None or self.response is not None):
-            raise ValueError(f"messages={self.messages!r} excludes prompt and response: keep one form")
+            raise ValueError(f"messages={shown(self.messages)} excludes prompt and response: keep one form")
         # A packaged data set brings the other half.
         if (self.prompt is None) != (self.response is None) and not self.path.startswith(PACKAGE_PREFIX):
             raise ValueError("prompt and response belong together: give both, or neither")
@@ -82,7 +108,7 @@ class DataSpec(BaseModel):
         if self.labels is not None and not self.labels:
             raise ValueError("labels is empty: give each raw label its text, or leave labels out")
         if isinstance(self.choices, list) and len(set(self.choices)) < 2:
-            raise ValueError(f"choices={self.choices} must hold at least two different answers")
+            raise ValueError(f"choices={shown(self.choices)} must hold at least two different answers")
         return self
 
     @property
@@ -92,11 +118,27 @@ class DataSpec(BaseModel):
 
 
 def template_columns(template: str) -> list[str]:
-    """The columns that a template names; ValueError if its braces do not match."""
+    """The columns that a template names; ValueError if its braces do not match or a format is none to fill in.
+
+    A format such as `{price:.2f}` may not hold fields of its own, nor pad to a width that no text has.
+    """
     try:
-        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"template {template!r}: {error}; write {{{{ }}}} for literal braces") from error
+        raise ValueError(f"template {shown(template)}: {error}; write {{{{ }}}} for literal braces") from error
+    for _, field, form, conversion in parts:
+        if field is None:
+            continue
+        if conversion not in (None, "r", "s", "a"):
+            raise ValueError(f"template {shown(template)}: after {field}! stands {shown(conversion)}: use r, s or a")
+        if form and ("{" in form or any(int(number) > _WIDEST for number in re.findall("[0-9]+", form[:100]))):
+            raise ValueError(
+                f"template {shown(template)}: {shown(form)} is no format to fill in: no field, and no number above "
+                f"{_WIDEST:,}, may stand after {field}:"
+            )
+        if form and len(form) > 100:
+            raise ValueError(f"template {shown(template)}: the format after {field}: is {len(form)} characters long")
+    return [field for _, field, _, _ in parts if field is not None]
 
 
 def with_defaults(spec: DataSpec) -> DataSpec:
