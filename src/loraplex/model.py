@@ -52,6 +52,11 @@ class AdapterModel(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for attempt in running():
+            attempt.ours = True
+        all_or_nothing(model, lambda: super(AdapterModel, self).__init__(model, *args, **kwargs))
+
     def inject_adapter(
         self,
         model: nn.Module,
