@@ -34,6 +34,7 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, METHODS, PLAIN, adapted, config, output, ready
 from loraplex.layer import AdapterLinear
+from loraplex.load_checks import weights_of
 from loraplex.model import AdapterModel, find_bank
 from loraplex.registry import add_peft_type
 from loraplex.sharing import BANK, FactorBank
@@ -652,16 +653,17 @@ def test_plain_lora_on_a_skeleton_loses_its_values(tmp_path: Path) -> None:
 
 
 def test_native_loading_is_injection_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' `load_adapter` takes our config as `peft_config`, and injects before it reads any weights or marks
-    the model as adapted: a config that checks its file there leaves the model alone (registry.load_adapter)."""
+    """transformers' `load_adapter` injects before it reads any weights or marks the model as adapted, so that what it
+    is about to read can be checked there (entry_points.py reads these arguments)."""
     parameters = inspect.signature(transformers.PreTrainedModel.load_adapter).parameters
-    assert list(parameters)[1:4] == ["peft_model_id", "adapter_name", "peft_config"]
+    assert list(parameters)[1:5] == ["peft_model_id", "adapter_name", "peft_config", "adapter_state_dict"]
+    assert {"local_files_only", "adapter_kwargs", "load_config", "kwargs"} <= set(parameters)
     adapted("multilora").save_pretrained(tmp_path)
     model = ARCHS["llama"].build()
-    seen: list[tuple[bool, str]] = []
+    seen: list[Any] = []
 
     def stop(self: AdapterModel, base: nn.Module, adapter_name: str, *_: Any, **__: Any) -> None:
-        seen.append((model._hf_peft_config_loaded, self.peft_config[adapter_name]._weights))
+        seen.append((model._hf_peft_config_loaded, weights_of(self.peft_config[adapter_name])))
         raise ValueError("stop")
 
     monkeypatch.setattr(AdapterModel, "inject_adapter", stop)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from loraplex.attempt import all_or_nothing
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors
 
@@ -41,21 +42,21 @@ def add_weighted_adapter(
     layouts = [part.layout() for name in adapters if (part := tuner.shared(name)) is not None]
     if any(layout != layouts[0] for layout in layouts):
         raise ValueError("The adapters share along other layers (layers_pattern): such factors don't add up.")
-    tuner.peft_config[adapter_name] = configs[0].holding(ranks.pop(), configs)
-    try:
+    config = configs[0].holding(ranks.pop(), configs)
+
+    def add() -> None:
+        tuner.peft_config[adapter_name] = config
         tuner.inject_adapter(tuner.model, adapter_name)
         # As PEFT does with every new adapter: float32 over a base of half precision.
         tuner._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
         for layer in layers:
             if id(layer) in sums:
                 layer.factors(adapter_name).hold(*sums[id(layer)])  # type: ignore[union-attr]
-    except Exception:
-        if adapter_name in tuner.peft_config:
-            tuner.delete_adapter(adapter_name)
-        raise
-    shared = tuner.shared(adapter_name)
-    if shared is not None:
-        shared.follow([part for name in adapters if (part := tuner.shared(name)) is not None])
+        shared = tuner.shared(adapter_name)
+        if shared is not None:
+            shared.follow([part for name in adapters if (part := tuner.shared(name)) is not None])
+
+    all_or_nothing(tuner, add)
 
 
 def _check(

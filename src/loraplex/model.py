@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import os
-import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _filter_state_dict_by_key_prefixes,
-    _get_tuner_state_dict_key_prefixes,
-)
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraplex.attempt import Attempt, all_or_nothing, running
 from loraplex.combine import add_weighted_adapter
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
+from loraplex.load_checks import (
+    check_config,
+    check_none_lost,
+    check_tensors,
+    keep_values,
+    read_tensors,
+    shared_with_prefix,
+    to_model_keys,
+    warn_of_nonfinite,
+    weights_of,
+)
 from loraplex.packing import guard, release
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
+from loraplex.updates import ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,11 @@ class AdapterModel(BaseTuner):
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for attempt in running():
+            attempt.ours = True
+        all_or_nothing(model, lambda: super(AdapterModel, self).__init__(model, *args, **kwargs))
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -61,37 +68,63 @@ class AdapterModel(BaseTuner):
         """Adapt the targets of `peft_config[adapter_name]`, and tie what they share.
 
         Not in PEFT's injection hooks: those run for the first adapter only, and a second one would not share.
-        On an error the model is left as it was.
+        Where it is known what will be loaded, that is checked first. On an error the model is left as it was.
         """
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        _check_config(model, config)
-        before = [(p, p.requires_grad) for p in model.parameters()]
-        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        were_active = [(m, copy(m._active_adapter)) for m in model.modules() if isinstance(m, kinds)]
+        for attempt in running():
+            attempt.ours = True
+        put = partial(self._put, model, adapter_name, autocast_adapter_dtype, state_dict=state_dict)
+
+        def change() -> None:
+            put(low_cpu_mem_usage=low_cpu_mem_usage)
+            guard(model)
+            keep_values(model, keys)
+
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            if config.shared_cls is not None:
-                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    bank = link(model, adapter_name, config)
-                active = adapter_name in self.active_adapters and not config.inference_mode
-                bank.shared(adapter_name).requires_grad_(active)  # type: ignore[union-attr]
-                bank._active_adapter = self.active_adapters
-            _check_weights(model, adapter_name, config)
-        except Exception:
-            for layer, names in were_active:
-                layer._active_adapter = names
-            take_off(model, adapter_name)
-            _restore(before)
+            check_config(model, config)
+            weights = weights_of(config)
+            keys = [] if weights is None else self._rehearse(model, adapter_name, put, weights)
+            all_or_nothing(model, change)
+        except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
-        guard(model)
-        if getattr(config, "_unproven", False):
-            self.__dict__.setdefault("_before", {})[adapter_name] = before
 
-    def train(self, mode: bool = True) -> AdapterModel:
-        """Switch modes. An adapter that is put to use is the user's: a later failed load does not take it away."""
-        self.__dict__.pop("_before", None)
-        return super().train(mode)
+    def _rehearse(
+        self, model: nn.Module, adapter_name: str, put: Callable[..., None], weights: str | dict[str, Tensor]
+    ) -> list[str]:
+        """Check on the meta device whether `weights` fit the adapter: a config may ask for more than memory holds.
+
+        Returns:
+            Keys in the model of what will be loaded.
+        """
+        config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        raw = read_tensors(weights, config.method) if isinstance(weights, str) else weights
+        before = Attempt(model)
+        try:
+            with torch.device("meta"):
+                put(low_cpu_mem_usage=False)
+            state = to_model_keys(model, adapter_name, config, raw)
+            check_tensors(model, adapter_name, config, state)
+        finally:
+            before.undo()
+        return [key.removeprefix(ROOT) for key in state]
+
+    def _put(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        state_dict: dict[str, Tensor] | None,
+    ) -> None:
+        config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if config.shared_cls is not None:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                bank = link(model, adapter_name, config)
+            active = adapter_name in self.active_adapters and not config.inference_mode
+            bank.shared(adapter_name).requires_grad_(active)  # type: ignore[union-attr]
+            bank._active_adapter = self.active_adapters
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies the child's weight and bias, which a head of several modules does not have; layers of
@@ -282,7 +315,7 @@ class AdapterModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for prefix, shared in _shared_with_prefix(model, adapter_name):
+        for prefix, shared in shared_with_prefix(model, adapter_name):
             shared.before_save(adapter_name)
             for name in shared.stale_parameters():
                 entries.pop(prefix + name, None)
@@ -301,36 +334,19 @@ class AdapterModel(BaseTuner):
         PEFT would load what happens to fit and leave the rest at random.
         """
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for prefix, shared in _shared_with_prefix(model, adapter_name):
-            shared.fill_stale(prefix, state)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
-        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        problem = _mismatch(expected, state, model.state_dict(), config)
-        tuner = model.base_model if isinstance(model, PeftModel) else None
-        before = tuner.__dict__.get("_before", {}).pop(adapter_name, None) if tuner is not None else None
-        if problem:
-            if before is not None:
-                # The adapter was put on the model for this file only: a failed load leaves the model as it was.
-                tuner._discard(adapter_name)  # type: ignore[union-attr,operator]
-                _restore(before)
-            raise ValueError(problem)
+        check_none_lost(state_dict, state)
+        check_tensors(model, adapter_name, config, state)
+        warn_of_nonfinite(state, config.method)
+        keep_values(model, state)
         return state
 
-    def _discard(self, adapter_name: str) -> None:
-        if list(self.peft_config) == [adapter_name]:
-            # PEFT's unload puts the adapter's copies of fully trained modules in place of the originals.
-            originals = {
-                name: module.original_module
-                for name, module in self.model.named_modules()
-                if isinstance(module, AuxiliaryTrainingWrapper)
-            }
-            self.unload()
-            for name, original in originals.items():
-                parent, _, child = _get_submodules(self.model, name)
-                setattr(parent, child, original)
-        else:
-            self.delete_adapter(adapter_name)
-            take_off(self.model, adapter_name)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Before any module below takes a tensor: a checkpoint whose schedule is broken should change nothing.
+        for adapter_name in self.peft_config:
+            for inner, shared in shared_with_prefix(self, adapter_name):
+                keys = {name: f"{prefix}{inner}{name}" for name in shared.buffer_names()}
+                shared.check_state({name: state_dict[key] for name, key in keys.items() if key in state_dict})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def find_bank(model: nn.Module) -> FactorBank | None:
@@ -361,36 +377,6 @@ def tied_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [layer for layer in layers if uses[id(layer.weight)] > 1]
 
 
-def take_off(model: nn.Module, adapter_name: str) -> None:
-    """Remove `adapter_name` wherever it was put, and unwrap layers that hold no other adapter."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, AdapterLinear):
-            if layer.factors(adapter_name) is not None:
-                layer.delete_adapter(adapter_name)
-            if not layer._get_available_adapters():
-                parent, _, child = _get_submodules(model, name)
-                setattr(parent, child, layer.base_layer)
-        elif isinstance(layer, ModulesToSaveWrapper) and adapter_name in layer._adapters:
-            # Not by its own delete_adapter, which would make another adapter active.
-            layer._adapters.discard(adapter_name)
-            del layer.modules_to_save[adapter_name]
-            if not layer._adapters:
-                parent, _, child = _get_submodules(model, name)
-                setattr(parent, child, layer.original_module)
-    bank = model._modules.get(BANK)
-    if isinstance(bank, FactorBank):
-        bank.delete_adapter(adapter_name)
-        if not bank._get_available_adapters():
-            del model._modules[BANK]
-    if not any(isinstance(module, AdapterLinear) for module in model.modules()):
-        release(model)
-
-
-def _restore(before: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, requires_grad in before:
-        parameter.requires_grad_(requires_grad)
-
-
 def _pass_adapter_names(
     module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
 ) -> tuple[Any, dict[str, Any]]:
@@ -399,87 +385,3 @@ def _pass_adapter_names(
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SharedFactors]]:
-    """The shared factors of `adapter_name`, with the prefix of their keys in the model's state dict."""
-    for bank_name, bank in model.named_modules():
-        if isinstance(bank, FactorBank):
-            for container in bank.adapter_layer_names:
-                modules = bank.get_submodule(container)
-                if adapter_name in modules:  # type: ignore[operator]
-                    prefix = f"{bank_name}.{container}.{adapter_name}."
-                    yield prefix, modules[adapter_name]  # type: ignore[index]
-
-
-def _check_config(model: nn.Module, config: AdapterConfig) -> None:
-    """Raise a ValueError if the weights are missing, or a listed target is: PEFT ignores it beside others."""
-    weights = getattr(config, "_weights", None)
-    if config.inference_mode and weights and not os.path.isfile(weights):
-        raise ValueError(f"{weights} is missing: the folder holds settings but no weights. Copy the adapter again.")
-    targets = config.target_modules
-    if isinstance(targets, str) or targets is None or getattr(config, "_unproven", False):
-        return
-    names = [name for name, _ in model.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            endings = {name.rpartition(".")[2] for name in names}
-            nearest = difflib.get_close_matches(target, endings, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ": see model.named_modules() for the names."
-            raise ValueError(f"target_modules names {target!r}, but the model has no such module{hint}")
-
-
-def _check_weights(model: nn.Module, adapter_name: str, config: AdapterConfig) -> None:
-    """Raise a ValueError if the local file that the adapter is about to be loaded from does not fit the model."""
-    weights = getattr(config, "_weights", None)
-    if not weights or not os.path.isfile(weights):
-        return
-    method = config.method.lower()
-    # Modules that are trained in full are in the file under their plain names.
-    heads = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    state: dict[str, Tensor] = {}
-    with safe_open(weights, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118
-            name, count = re.subn(rf"\.?({method}_(?:factors|shared))\.", rf".\1.{adapter_name}.", key, count=1)
-            name = name.removeprefix("base_model.model.")
-            head = next((head for head in heads if name.startswith(f"{head}.")), None)
-            if count or head:
-                stored = tensors.get_slice(key)
-                # A schedule's few integers say which factors are missing on purpose; of factors the shape is enough.
-                counted = stored.get_dtype().startswith("I")
-                if head and not count:
-                    name = f"{head}.modules_to_save.{adapter_name}{name.removeprefix(head)}"
-                state[name] = tensors.get_tensor(key) if counted else torch.empty(stored.get_shape(), device="meta")
-    for prefix, shared in _shared_with_prefix(model, adapter_name):
-        shared.fill_stale(prefix, state)
-    marks = (
-        f"{method}_factors.{adapter_name}.",
-        f"{method}_shared.{adapter_name}.",
-        f".modules_to_save.{adapter_name}.",
-    )
-    model_state = model.state_dict()
-    expected = {key: tensor for key, tensor in model_state.items() if any(mark in key for mark in marks)}
-    if problem := _mismatch(expected, state, model_state, config):
-        raise ValueError(problem)
-
-
-def _mismatch(
-    expected: dict[str, Tensor], state: dict[str, Tensor], model_state: dict[str, Tensor], config: AdapterConfig
-) -> str | None:
-    """Why `state` is not an adapter for these `expected` tensors, or None."""
-    trained_on = f"The adapter was trained on {config.base_model_name_or_path or 'an unnamed model'}"
-    remedy = "load it onto that base model, with the adapter_config.json it was saved with."
-    for key in expected:
-        if key not in state:
-            return f"The adapter's weights lack {key}: it is incomplete or for another model. {trained_on}: {remedy}"
-    for key, tensor in state.items():
-        if key in model_state and model_state[key].shape != tensor.shape:
-            return (
-                f"{key} is {tuple(tensor.shape)} in the adapter's weights and {tuple(model_state[key].shape)} in this "
-                f"model. {trained_on}: {remedy}"
-            )
-    marks = (f".{config.method.lower()}_factors.", f"{config.method.lower()}_shared.")
-    for key in state:
-        if key not in expected and any(mark in key for mark in marks):
-            return f"The adapter's weights hold {key}, which this model has no place for. {trained_on}: {remedy}"
-    return None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.adapter_files import check_adapter_files
+from loraplex.attempt import all_or_nothing
 from loraplex.config import AdapterConfig
 from loraplex.export import convert_for_peft
 from loraplex.field_types import shown
@@ -75,15 +75,17 @@ def open_doors() -> None:
             module.convert_to_lora = convert_to_lora  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _accepting(model: PeftModel, method: str) -> Iterator[None]:
+def _while_accepting(model: PeftModel, method: str, change: Callable[[], Any]) -> Any:
     # PeftModel compares a new adapter's type with the type of its first one; our tuners host every method.
-    first = model.peft_type
-    model.peft_type = PeftType(method)
-    try:
-        yield
-    finally:
-        model.peft_type = first
+    def accepted() -> Any:
+        first = model.peft_type
+        model.peft_type = PeftType(method)
+        try:
+            return change()
+        finally:
+            model.peft_type = first
+
+    return all_or_nothing(model, accepted)
 
 
 def add_adapter(model: PeftModel, adapter_name: str, config: AdapterConfig, **kwargs: Any) -> None:
@@ -95,15 +97,13 @@ def add_adapter(model: PeftModel, adapter_name: str, config: AdapterConfig, **kw
         ValueError: the model's first adapter is none of ours.
     """
     _check_host(model)
-    with _accepting(model, config.method):
-        model.add_adapter(adapter_name, config, **kwargs)
+    _while_accepting(model, config.method, lambda: model.add_adapter(adapter_name, config, **kwargs))
 
 
 def load_adapter(model: PeftModel | PreTrainedModel, path: str, adapter_name: str, **kwargs: Any) -> Any:
     """Load a saved adapter of any loraplex method; keyword arguments go to the model's own `load_adapter`.
 
-    On a transformers model this checks that the files fit before it touches the model; `model.load_adapter` notices
-    only afterwards, or leaves what is missing at random.
+    It checks that the files fit before it touches the model, which stays as it was if anything goes wrong.
 
     Raises:
         ValueError: the model's first adapter is none of ours, or the files are not an adapter for this model.
@@ -123,10 +123,8 @@ def load_adapter(model: PeftModel | PreTrainedModel, path: str, adapter_name: st
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(method, PeftConfig), AdapterConfig):
         raise ValueError(f"{path} is a {name} adapter, none of loraplex: load it with PeftModel.from_pretrained.")
     if not isinstance(model, PeftModel):
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[method].from_pretrained(path)
-        return model.load_adapter(path, adapter_name, peft_config=config, **kwargs)
-    with _accepting(model, method):
         return model.load_adapter(path, adapter_name, **kwargs)
+    return _while_accepting(model, method, lambda: model.load_adapter(path, adapter_name, **kwargs))
 
 
 def _check_host(model: PeftModel) -> None:

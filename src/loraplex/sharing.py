@@ -8,7 +8,7 @@ of the adapted model, and layers hold an unregistered reference to its holder an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors
-from loraplex.parallel import announce_reads, is_sharded, replicated
+from loraplex.parallel import announce_reads, is_sharded, part, replicated
 
 BANK = "loraplex_bank"
 
@@ -96,6 +96,29 @@ class SharedFactors(nn.Module):
     def before_save(self, adapter_name: str) -> None:
         """Called when the adapter is about to be written."""
 
+    def buffer_names(self) -> list[str]:
+        """Names of the buffers, which hold the state of the method's schedule."""
+        return [name for name, _ in self.named_buffers(recurse=False)]
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Check values that are about to be loaded into the buffers: by name, some or all of them.
+
+        Raises:
+            ValueError: they are no state that the adapter can be in.
+        """
+        for name, value in state.items():
+            like = self.get_buffer(name)
+            if value.dtype != like.dtype or value.shape != like.shape:
+                raise ValueError(
+                    f"{name} is {value.dtype} {tuple(value.shape)} in the adapter's weights, but {like.dtype} "
+                    f"{tuple(like.shape)} here: the file is broken, or for another model."
+                )
+            if not value.is_meta:
+                self.check_buffer(name, part(value))
+
+    def check_buffer(self, name: str, value: Tensor) -> None:
+        """Raise a ValueError unless `value`, which has the right shape, is a state of the buffer `name`."""
+
     def fill_stale(self, prefix: str, state: dict[str, Tensor]) -> None:
         """Add to `state`, read from a file, what `stale_parameters` left out. Keys are `prefix` + parameter name."""
 
@@ -110,6 +133,7 @@ class SharedFactors(nn.Module):
         for name, _ in self.named_buffers(recurse=False):
             if isinstance(value := state_dict.get(prefix + name), DTensor):
                 state_dict[prefix + name] = value.to_local()
+        self.check_state({n: state_dict[prefix + n] for n in self.buffer_names() if prefix + n in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def member_factors(self) -> Iterator[Factors]:

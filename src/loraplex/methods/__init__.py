@@ -1,5 +1,6 @@
 """One room per paper. Importing this package registers the methods with PEFT."""
 
+from loraplex.entry_points import guard_entry_points
 from loraplex.methods.aslora import AsLoraConfig, AsLoraModel
 from loraplex.methods.dual_lora import DualLoraConfig, DualLoraModel
 from loraplex.methods.masa import MasaConfig, MasaModel
@@ -11,5 +12,6 @@ register(AsLoraConfig, AsLoraModel)
 register(DualLoraConfig, DualLoraModel)
 register(MasaConfig, MasaModel)
 open_doors()
+guard_entry_points()
 
 __all__ = ["AsLoraConfig", "DualLoraConfig", "MasaConfig", "MultiLoraConfig"]

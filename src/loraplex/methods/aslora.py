@@ -73,6 +73,23 @@ def merge_due(t: int, start: int, interval: int) -> bool:
     return t > start and (t - start) % interval == 0
 
 
+def check_merges(name: str, merges: Tensor) -> None:
+    """Check a saved record of merges `(2, layers)`: m(l), and the step at which layer l gave up its own B.
+
+    Raises:
+        ValueError: merging can't have led there.
+    """
+    mapped, steps = merges.tolist()
+    for layer, (owner, step) in enumerate(zip(mapped, steps, strict=True)):
+        # A lower layer goes over to an upper one, and all its readers with it.
+        possible = layer <= owner < len(mapped) and mapped[owner] == owner
+        if not possible or step < 0 or (step > 0) != (owner != layer):
+            raise ValueError(
+                f"{name} says that layer {layer} reads the B of layer {owner} since step {step}, which no merge of "
+                f"{len(mapped)} layers leads to: the file is broken; copy or download the adapter again."
+            )
+
+
 class AsLoraShared(Scheduled):
     """A and all B's of each family, and which layer reads which B."""
 
@@ -291,6 +308,9 @@ class AsLoraShared(Scheduled):
                     if B is not None:
                         # Nothing reads it; the parameters of a run must not change in number.
                         state.setdefault(f"{prefix}{family}__lora_B_{layer}", B)
+
+    def check_buffer(self, name: str, value: Tensor) -> None:
+        check_merges(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

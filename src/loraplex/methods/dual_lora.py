@@ -40,6 +40,20 @@ class Sign(torch.autograd.Function):
         return grad.clamp(-1, 1)
 
 
+def check_warmup(warmup: Tensor) -> None:
+    """Check a saved warm-up (2,): steps done, and steps in all, 0 while that is not known.
+
+    Raises:
+        ValueError: training can't have led there.
+    """
+    done, steps = warmup.tolist()
+    if not 0 <= done <= steps:
+        raise ValueError(
+            f"warmup says that {done} of {steps} steps are done, which training never leads to: the file is broken; "
+            "copy or download the adapter again."
+        )
+
+
 class DualLoraShared(Scheduled):
     """The warm-up: ΔW is multiplied by a factor that rises from 0 to 1 over `warmup_steps` optimizer steps.
 
@@ -73,7 +87,11 @@ class DualLoraShared(Scheduled):
     def advance(self, state_of: StateOf) -> None:
         if not self.finished():
             self.warmup[0] += 1
-            self.warmup[1] = self.last_step() or 0
+            # A run that goes on with fewer steps in all may be past the end.
+            self.warmup[1] = max(self.last_step() or 0, int(self.warmup[0]))
+
+    def check_buffer(self, name: str, value: Tensor) -> None:
+        check_warmup(value)
 
     def fraction(self, like: Tensor) -> Tensor:
         """The warm-up factor, a number between 0 and 1, on the device and in the dtype of `like`."""

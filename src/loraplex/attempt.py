@@ -1,0 +1,110 @@
+"""A change of a model that succeeds or leaves the model as it was found, whatever ends it: an error, or Ctrl-C."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_attempts: ContextVar[tuple[Attempt, ...]] = ContextVar("attempts", default=())
+
+
+class Attempt:
+    """What a model is like when an attempt to change it begins.
+
+    Of every module: its attributes, and what its own dictionaries, lists and sets hold (submodules, parameters, hooks,
+    names of adapters). That is cheap, since no tensor is copied; values that will be overwritten are kept by `keep`.
+    """
+
+    def __init__(self, model: nn.Module, needs_us: bool = False, weights: Any = None) -> None:
+        self._modules = [(m, dict(m.__dict__), _contents(m.__dict__)) for m in model.modules()]
+        self._trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self._known = {id(module) for module, _, _ in self._modules}
+        self._tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._values: list[tuple[Tensor, Tensor]] = []
+        self.ours = not needs_us
+        """Whether an adapter of ours takes part; only then is anything undone."""
+        self.weights = weights
+        """What is about to be loaded, where the caller knows better than the adapter's config."""
+
+    def covers(self, model: nn.Module) -> bool:
+        """Whether undoing this attempt restores `model` too."""
+        return id(model) in self._known
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the values of those tensors that the model had at the beginning: they are about to be overwritten."""
+        self._values += [(t, t.detach().clone()) for t in tensors if id(t) in self._tensors]
+
+    def undo(self) -> None:
+        """Put everything back. Doing it twice does no harm."""
+        for module, attributes, contents in self._modules:
+            now = module.__dict__
+            for name in [name for name in now if name not in attributes]:
+                del now[name]
+            now.update(attributes)
+            for container, content in contents:
+                _refill(container, content)
+        for parameter, requires_grad in self._trainable:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for tensor, value in self._values:
+                tensor.copy_(value)
+
+
+def all_or_nothing(model: nn.Module, change: Callable[[], T], needs_us: bool = False, weights: Any = None) -> T:
+    """`change()`; if it does not come to its end, `model` is as it was before.
+
+    Args:
+        model: what is changed, with all its submodules.
+        change: changes it.
+        needs_us: undo only where an adapter of ours took part (`mark_ours`): other methods keep PEFT's own behaviour.
+        weights: see `Attempt.weights`.
+    """
+    if any(attempt.covers(model) for attempt in _attempts.get()) and weights is None:
+        return change()
+    attempt = Attempt(model, needs_us, weights)
+    token = _attempts.set((*_attempts.get(), attempt))
+    try:
+        return change()
+    except BaseException:
+        if attempt.ours:
+            try:
+                attempt.undo()
+            except BaseException:
+                # A second Ctrl-C, in the middle of it.
+                attempt.undo()
+                raise
+        raise
+    finally:
+        _attempts.reset(token)
+
+
+def running() -> tuple[Attempt, ...]:
+    """The attempts under way, the outermost first."""
+    return _attempts.get()
+
+
+def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    kinds = (dict, OrderedDict, list, set)
+    return [(value, value.copy()) for value in attributes.values() if type(value) in kinds]
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, dict):
+        # By identity: values may be tensors, which have no single truth value.
+        if [(k, id(v)) for k, v in container.items()] != [(k, id(v)) for k, v in content.items()]:
+            container.clear()
+            container.update(content)
+    elif isinstance(container, list):
+        if list(map(id, container)) != list(map(id, content)):
+            container[:] = content
+    elif container != content:
+        container.clear()
+        container.update(content)
