@@ -218,7 +218,7 @@ def _begin(scale: Scale, caller: int) -> None:
     if not any(one.graph == graph for one in _passes):
         begun = _Pass(scale, graph, caller)
         _passes.append(begun)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(begun))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(begun))
         _write()
 
 
