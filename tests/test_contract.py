@@ -38,7 +38,8 @@ every_mergeable = pytest.mark.parametrize("method", MERGEABLE)
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
-    model(**inputs).loss.backward()
+    with loraplex.loss_scale(1.0):  # which Dual LoRA asks for in float16
+        model(**inputs).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -649,9 +650,6 @@ def test_bfloat16_base(method: str, autocast: bool) -> None:
     grads = gradients(model.train(), BATCH)
     assert set(grads) == set(h.adapter_parameters(model))
     assert all(g.isfinite().all() for g in grads.values())
-
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @every_method
