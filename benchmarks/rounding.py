@@ -17,7 +17,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from common import dtype_name, options, parse
-from loraplex import DualLoraConfig, gated
+from loraplex import DualLoraConfig, loss_scale
+from loraplex import rounding as at_random
 from report import Report
 
 FORMS = {"float32": "apart", "reference": "reference", "apart": "apart", "added": "added", "nearest": "added"}
@@ -95,7 +96,8 @@ def _train(form: str, change: float, half: torch.dtype, seed: int, args: argpars
     before = evaluate()
     model.train()
     # The types that are rounded stochastically.
-    with mock.patch.object(gated, "_DROPPED", {} if form == "nearest" else gated._DROPPED):
+    rounded = {} if form == "nearest" else at_random.DROPPED
+    with mock.patch.object(at_random, "DROPPED", rounded), loss_scale(1.0):
         for _ in range(args.steps):
             loss(torch.randn(256, args.size, device=args.device)).backward()
             optimizer.step()

@@ -28,8 +28,8 @@ from loraplex import kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-# Not bfloat16 in the interpreter: its arithmetic is silently wrong there.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+# bfloat16 in the interpreter too, whose arithmetic in it is wrong: the kernels compute in float32 and round by bits.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = DTYPES[1:]
 
 runs = pytest.mark.skipif(
@@ -67,19 +67,29 @@ def twin(weight: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scal
     return delta if weight is None else weight.double() + delta
 
 
-def twin_gradients(G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def twin_gradients(
+    G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, bound: float = 1.0
+) -> tuple[Tensor, ...]:
     """dA, dB, dC, dD as written in the paper, float64."""
     G, A, B, C, D, scale = (t.double() for t in (G, A, B, C, D, scale))
     M = scale * (B @ A)
     gM = G * torch.where(D @ C > 0, 1.0, -1.0) * (M > 0)
-    gN = (G * torch.relu(M)).clamp(-1, 1)
+    gN = (G * torch.relu(M)).clamp(-bound, bound)
     return scale * B.T @ gM, scale * gM @ A.T, D.T @ gN, gN @ C.T
 
 
-def built(dtype: torch.dtype, weight: Tensor | None, fs: tuple[Tensor, ...], scale: Tensor, seed: int | None) -> Tensor:
+def built(
+    dtype: torch.dtype, weight: Tensor | None, fs: tuple[Tensor, ...], scale: Tensor, key: int | None = None
+) -> Tensor:
+    """Rounded with `key`, or to the nearest value."""
     out = torch.full((len(fs[1]), fs[0].shape[1]), float("nan"), dtype=dtype, device=DEVICE)
-    kernels.build(out, weight, *fs, scale, seed)
+    seed = None if key is None or dtype == torch.float32 else torch.tensor(key, device=DEVICE)
+    kernels.build_with(out, weight, *fs, scale, seed, dtype)
     return out
+
+
+def gradients(G: Tensor, fs: tuple[Tensor, ...], scale: Tensor, bound: float = 1.0) -> tuple[Tensor, ...]:
+    return kernels.gradients(G, *fs, scale, number(bound))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -129,7 +139,7 @@ def test_build_with_any_strides() -> None:
     scale, weight = number(1.7), random(50, 65, dtype=torch.float16).T
     out = torch.zeros(100, 65, device=DEVICE)
     views = (A.T.contiguous().T, B.T.contiguous().T, C.repeat_interleave(2, 0)[::2], D.repeat_interleave(2, 1)[:, ::2])
-    kernels.build(out[::2].T, weight, *views, scale, None)
+    kernels.build(out[::2].T, weight, *views, scale)
     torch.testing.assert_close(out[::2].T.double(), twin(weight, A, B, C, D, scale), **rounding(torch.float32))
     assert not out[1::2].any()
 
@@ -139,7 +149,7 @@ def test_a_scale_of_zero() -> None:
     """The first step of the warm-up: W as it is, and gradients of zero (Sign's is G · ReLU(0))."""
     fs, scale, weight = factors(33, 17, 3, 5), number(0.0), random(33, 17)
     assert torch.equal(built(torch.float32, weight, fs, scale, None), weight)
-    assert all(not gradient.any() for gradient in kernels.gradients(weight, *fs, scale))
+    assert all(not gradient.any() for gradient in gradients(weight, fs, scale))
 
 
 @runs
@@ -149,7 +159,7 @@ def test_nan_is_not_hidden() -> None:
     for seed in (None, 1):
         out = built(torch.float16, weight, fs, scale, seed)
         assert out.isnan().nonzero().tolist() == [[2, 3], [4, 5]]
-    _, _, dC, dD = kernels.gradients(torch.full_like(weight, float("nan")), *fs, scale)
+    _, _, dC, dD = gradients(torch.full_like(weight, float("nan")), fs, scale)
     assert dC.isnan().all()
     assert dD.isnan().all()
     fs[0][:, 3] = float("nan")
@@ -167,13 +177,16 @@ def test_ranks_beyond_what_a_program_holds() -> None:
 
 @runs
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_random_rounding(dtype: torch.dtype) -> None:
-    """The same seed rounds alike; each value is one of x's two neighbours; the mean over seeds is x."""
+@pytest.mark.parametrize("wide", [True, False])
+def test_random_rounding(dtype: torch.dtype, wide: bool) -> None:
+    """The same key rounds alike; each value is one of x's two neighbours; the mean over keys is x."""
     # Out of float16's normal range too (below 6e-5), where its values are 6e-8 apart.
-    fs, scale, weight = factors(17, 40, 3, 5), number(1e-3), random(17, 40)
-    weight *= torch.logspace(-7, 0, 40, device=DEVICE)
+    fs, scale, stored = factors(17, 40, 3, 5), number(1e-3), random(17, 40)
+    stored *= torch.logspace(-7, 0, 40, device=DEVICE)
     fs[1][:9] *= 1e-4
-    exact = built(torch.float32, weight, fs, scale, None).double()
+    weight = stored if wide else stored.to(dtype)
+    # W itself is rounded to the nearest value.
+    exact = built(torch.float32, weight.to(dtype).float(), fs, scale).double()
     assert torch.equal(built(dtype, weight, fs, scale, 5), built(dtype, weight, fs, scale, 5))
     assert not torch.equal(built(dtype, weight, fs, scale, 5), built(dtype, weight, fs, scale, 6))
 
@@ -195,9 +208,38 @@ def test_random_rounding(dtype: torch.dtype) -> None:
 
 @runs
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_values_without_a_remainder_are_not_rounded(dtype: torch.dtype) -> None:
-    weight = random(17, 40, dtype=dtype) * torch.logspace(-7, 4, 40, device=DEVICE).to(dtype)
-    assert torch.equal(built(dtype, weight, factors(17, 40, 3, 5), number(0.0), 3), weight)
+@pytest.mark.parametrize("wide", [True, False])
+def test_without_an_update_the_sum_is_the_nearest_weight(dtype: torch.dtype, wide: bool) -> None:
+    weight = random(17, 40) * torch.logspace(-7, 4, 40, device=DEVICE)
+    # Ties go to even.
+    weight[0, 20:24] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-11, -1 - 3 * 2**-11])
+    weight = weight if wide else weight.to(dtype)
+    out = torch.empty(17, 40, dtype=dtype, device=DEVICE)
+    kernels.build(out, weight, *factors(17, 40, 3, 5), number(0.0))
+    assert torch.equal(out, weight.to(dtype))
+
+
+@runs
+def test_keys_differ_between_layers_and_after_each_change() -> None:
+    """The kernel's key, which `build` takes: of the factors and of W, whatever their strides."""
+    fs, weight = factors(65, 130, 3, 5), random(65, 130)
+
+    def key(weight: Tensor, *fs: Tensor) -> int:
+        return int(kernels.key_of(weight, *fs))
+
+    found = {key(weight, *fs), key(weight, *fs), key(weight.T.contiguous().T, *fs)}
+    assert len(found) == 1
+    found |= {key(weight, *(f * 1.001 if f is one else f for f in fs)) for one in fs} | {key(weight + 1, *fs)}
+    assert len(found) == 6
+    assert all(0 <= one < 2**63 for one in found)
+    A, B, C, D = fs
+    half = weight.to(torch.float16)
+    outs = [torch.empty_like(half) for _ in range(3)]
+    for out, factor in zip(outs, (1, 1, 1.0001), strict=True):
+        kernels.build(out, half, A, B * factor, C, D, number(1e-3))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[0], built(torch.float16, half, fs, number(1e-3), key(half, *fs)))
 
 
 @runs
@@ -217,12 +259,28 @@ def test_random_rounding_does_not_depend_on_the_tiles() -> None:
 def test_gradients(shape: tuple[int, int], r1: int, r2: int, dtype: torch.dtype) -> None:
     fs, scale, G = factors(*shape, r1, r2), number(1.7), random(*shape, dtype=dtype)
     expected = twin_gradients(G, *fs, scale)
-    for name, gradient, exact, factor in zip("ABCD", kernels.gradients(G, *fs, scale), expected, fs, strict=True):
+    for name, gradient, exact, factor in zip("ABCD", gradients(G, fs, scale), expected, fs, strict=True):
         assert gradient.dtype == torch.float32
         assert gradient.shape == factor.shape
         assert gradient.is_contiguous()
         error = (gradient.double() - exact).norm() / exact.norm()
         assert error < 1e-6, f"d{name}: {error}"
+
+
+@runs
+@pytest.mark.parametrize("power", [8, 16])
+def test_gradients_of_a_scaled_loss(power: int) -> None:
+    """Under a loss scale of 2ⁿ they are 2ⁿ times as large, bit for bit, those that are clipped too."""
+    fs, scale, G = factors(33, 65, 3, 5), number(1.7), random(33, 65)
+    twins = twin_gradients(G, *fs, scale), twin_gradients(G, *fs, scale, bound=100.0)
+    assert relative(twins[0][3], twins[1][3]) > 0.1  # many are clipped
+    scaled = gradients(G * 2**power, fs, scale, 2.0**power)
+    for one, two in zip(scaled, gradients(G, fs, scale), strict=True):
+        assert torch.equal(one, two * 2**power)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @runs
@@ -234,7 +292,7 @@ def test_gradients_are_those_of_autograd() -> None:
     for s in (1.7, -0.6):
         A, B, C, D = (factor.double().requires_grad_() for factor in factors(33, 65, 3, 5))
         (s * torch.relu(B @ A) * Sign.apply(D @ C)).backward(G.double())
-        for factor, gradient in zip((A, B, C, D), kernels.gradients(G, *factors(33, 65, 3, 5), number(s)), strict=True):
+        for factor, gradient in zip((A, B, C, D), gradients(G, factors(33, 65, 3, 5), number(s)), strict=True):
             torch.testing.assert_close(gradient.double(), factor.grad, atol=1e-4, rtol=1e-5)
 
 
@@ -244,14 +302,14 @@ def test_gradients_with_any_strides() -> None:
     scale, G = number(1.7), random(100, 65, dtype=torch.float16)[::2].T
     expected = twin_gradients(G, A, B, C, D, scale)
     views = (A.T.contiguous().T, B.T.contiguous().T, C.repeat_interleave(2, 0)[::2], D.repeat_interleave(2, 1)[:, ::2])
-    for gradient, exact in zip(kernels.gradients(G, *views, scale), expected, strict=True):
+    for gradient, exact in zip(gradients(G, views, scale), expected, strict=True):
         torch.testing.assert_close(gradient.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @runs
 def test_gradients_are_the_same_each_time() -> None:
     fs, G = factors(65, 600, 3, 5), random(65, 600)
-    first, second = (kernels.gradients(G, *fs, number(1.7)) for _ in range(2))
+    first, second = (gradients(G, fs, number(1.7)) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
@@ -275,19 +333,24 @@ TARGETS = {  # and the bytes of shared memory that a program may have there
 }
 
 
-def compiled(kernel: Any, target: GPUTarget, config: triton.Config, dtype: str, rank: int, unit: str) -> Any:
+NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+def compiled(
+    kernel: Any, target: GPUTarget, config: triton.Config, dtype: str, rank: int, unit: str, weight: str = ""
+) -> Any:
     """As at a launch on contiguous matrices of a size that 16 divides, those whose strides are named in `unit`."""
-    function = kernel.fn
-    constants = {"R1": rank, "R2": rank, "STOCHASTIC": dtype != "fp32", **config.kwargs}
+    function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+    constants = {"R1": rank, "R2": rank, "DTYPE": getattr(triton.language, NAMES[dtype]), **config.kwargs}
+    constants |= {"SAMPLE": kernels._SAMPLE} | ({"key": None} if dtype == "fp32" else {})
     constants |= {name: 1 for name in function.arg_names if name in unit.split()}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    dtypes = dict.fromkeys(("A", "B", "C", "D", "scale", "dB", "dD"), "*fp32") | dict.fromkeys(
-        ("out", "weight", "G"), f"*{dtype}"
-    )
+    dtypes = dict.fromkeys(("A", "B", "C", "D", "scale", "bound", "dB", "dD"), "*fp32") | {"key": "*i64"}
+    dtypes |= {"out": f"*{dtype}", "G": f"*{dtype}", "weight": f"*{weight or dtype}"}
     signature, attributes = {}, {}
     for place, name in enumerate(function.arg_names):
-        signature[name] = "constexpr" if name in constants else dtypes.get(name, "i64" if name == "seed" else "i32")
-        if name not in {*constants, "seed"}:
+        signature[name] = "constexpr" if name in constants else dtypes.get(name, "i32")
+        if name not in constants:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **kernels._OPTIONS}
@@ -322,6 +385,19 @@ def test_compiles(name: str, case: str, tmp_path: Path, monkeypatch: pytest.Monk
         # Products on float32 units: tensor cores have none on CUDA.
         assert re.search(r"v_mfma_f32_\w+x\w*_?f32" if name == "gfx942" else r"fma\.rn\.f32", code)
         assert not re.search(r"\b(mma|wgmma|tcgen05)\b", code)
+
+
+@compiles
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_float32_weight_and_the_key_compile(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under autocast, where W is rounded on the way."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    target, shared = TARGETS[name]
+    kernel, unit = CASES["build"]
+    for dtype in ("bf16", "fp16"):
+        binary = compiled(kernel, target, kernels.CONFIGS[0], dtype, 16, unit, weight="fp32")
+        assert binary.metadata.shared <= shared
+    assert compiled(kernels.key_kernel, target, triton.Config({}), "bf16", 16, unit).metadata.shared <= shared
 
 
 @compiles

@@ -389,9 +389,8 @@ def test_a_step_skipped_by_the_gradient_scaler_does_not_count(method: str, fused
     assert counts == [0, 1, 1, 2, 3]
 
 
-# Dual LoRA's straight-through gradient is clipped, which a scale changes: its own tests say what holds there.
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "DUALLORA"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_scaled_run_ends_at_the_same_parameters(method: str, fused: bool) -> None:
     """A power of two changes no digit of a float32 gradient, and a skipped step none of the others."""
 

@@ -3,6 +3,7 @@
 from loraplex.cache import clear_cache
 from loraplex.calibrate import Calibration, calibrate
 from loraplex.export import LoraExport, Rank, export_lora
+from loraplex.loss_scaling import loss_scale
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
 from loraplex.parallel import gathered_state_dict
 from loraplex.plain_folder import to_plain
@@ -28,6 +29,7 @@ __all__ = [
     "gathered_state_dict",
     "load_adapter",
     "load_schedules",
+    "loss_scale",
     "save_schedules",
     "set_total_steps",
     "step",

@@ -241,7 +241,8 @@ def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
         A = factors.lora_A[_NAME].weight if lora else factors.lora_A
         dropout = factors.lora_dropout[_NAME] if lora else factors.dropout
         base = layer.get_base_layer().weight.dtype
-        as_base = not lora and factors.input_dtype is None
+        reference = isinstance(factors, DualLoraFactors) and factors.compute == "reference"  # which casts x itself
+        as_base = not lora and factors.input_dtype is None and not reference
         dtype = base if as_base else A.dtype
         s, c = (2, 2) if autocast else (dtype.itemsize, 0)
         total += _KEPT[LoraLayer if lora else type(factors)](factors, tokens, s, c)

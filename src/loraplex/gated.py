@@ -8,10 +8,13 @@ one product, and again in backward, tile by tile, where the tiles of G = dYᵀ X
     dM = G ⊙ S where M > 0, else 0                         dB = s·dM Aᵀ,  dA = s·Bᵀ dM
     dN = clip(G ⊙ ReLU(M), −1, 1)                          dD = dN Cᵀ,    dC = Dᵀ dN
 
+The clip is meant for the gradient of the loss: where the loss is multiplied by a scale, its bounds are ∓ that scale
+(`loss_scaling.py`).
+
 Without W it is ΔW x alone. With it, a layer costs one product instead of two, but an update that is small beside the
 steps of W's own bfloat16 would be rounded away, in the same way for every token and every step. So the sum is rounded
-stochastically: up or down with the probabilities that make its mean exact. Forward and backward round alike, and so
-does activation checkpointing, which restores torch's generator.
+at random, up or down with the probabilities that make its mean exact (`rounding.py`): alike in forward, backward and
+activation checkpointing, and otherwise after each step.
 """
 
 from __future__ import annotations
@@ -28,13 +31,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
+from loraplex import loss_scaling, rounding
 from loraplex.base_weight import tiles
 from loraplex.layer import wide
+from loraplex.products import product
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
-
-# Low bits of a float32 that a half-precision type drops.
-_DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def gated_linear(x: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -44,14 +46,11 @@ def gated_linear(x: Tensor, factors: Factors, scale: Tensor, weight: Tensor | No
         x: (..., in).
         factors: A (r₁, in), B (out, r₁), C (r₂, in), D (out, r₂); ΔW is computed in float32 at least.
         scale: s ≥ 0, a tensor without dimensions on the device of `x`.
-        weight: W (out, in), any strides; None for ΔW x alone. W + ΔW is rounded stochastically to half precision.
+        weight: W (out, in), any strides; None for ΔW x alone. In half precision W is rounded to the nearest value, as
+            autocast does, and W + ΔW at random; where ΔW is 0, the sum is W.
         bias: (out,), or None.
     """
-    seed = None
-    if weight is not None and x.dtype in _DROPPED:
-        # On the CPU, whatever the device: reading it waits for no kernel.
-        seed = torch.randint(2**31 - 1, (), device="cpu")
-    return torch.ops.loraplex.gated_linear(x, *factors, scale, weight, bias, seed)
+    return torch.ops.loraplex.gated_linear(x, *factors, scale, weight, bias)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -86,7 +85,7 @@ def delta_weight(factors: Factors, scale: Tensor, dtype: torch.dtype) -> Tensor:
     A, B, C, D = factors
     out = A.new_empty(len(B), A.shape[1], dtype=dtype)
     with torch.autocast(out.device.type, enabled=False):
-        _fill(out, (wide(A), wide(B), wide(C), wide(D)), scale, None, None)
+        _fill(out, (wide(A), wide(B), wide(C), wide(D)), scale, None)
     return out
 
 
@@ -112,19 +111,13 @@ def _kernels(factors: Factors) -> Any:
 
 @torch.library.custom_op("loraplex::gated_linear", mutates_args=())
 def _forward(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
+    x: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
+    loss_scaling.watch()
+    loss_scaling.forward_begins()
     with torch.autocast(x.device.type, enabled=False):
-        total = x.new_empty(len(B), A.shape[1])
-        _fill(total, (wide(A), wide(B), wide(C), wide(D)), scale, weight, seed)
+        total = _laid_out_as(weight, x.new_empty, len(B), A.shape[1])
+        _fill(total, (wide(A), wide(B), wide(C), wide(D)), scale, weight)
         return linear(x, total, None if bias is None else bias.to(x.dtype))
 
 
@@ -138,18 +131,21 @@ def _backward(
     D: Tensor,
     scale: Tensor,
     weight: Tensor | None,
-    seed: Tensor | None,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dC, dD), those of the factors if `x` is given; what is not asked for is empty."""
     with torch.autocast(dY.device.type, enabled=False):
-        dY2 = dY.flatten(0, -2)
+        dY2 = dY.reshape(-1, len(B))
         factors = wide(A), wide(B), wide(C), wide(D)
         # One buffer: as soon as a tile of G is used, it is overwritten with one of W + ΔW.
-        buffer = dY.new_empty(len(B), A.shape[1]) if x is None else dY2.T @ x.flatten(0, -2)
-        gradients = () if x is None else _turn(buffer, factors, scale, weight, seed, needs_x)
         if x is None:
-            _fill(buffer, factors, scale, weight, seed)
+            buffer = _laid_out_as(weight, dY.new_empty, len(B), A.shape[1])
+        else:
+            x2 = x.reshape(-1, A.shape[1])
+            buffer = (x2.T @ dY2).T if _is_transposed(weight) else dY2.T @ x2
+        gradients = () if x is None else _turn(buffer, factors, scale, weight, needs_x)
+        if x is None:
+            _fill(buffer, factors, scale, weight)
         dx = (dY2 @ buffer).view(*dY.shape[:-1], A.shape[1]) if needs_x else dY.new_empty(0)
     if not gradients:
         return dx, dY.new_empty(0), dY.new_empty(0), dY.new_empty(0), dY.new_empty(0)
@@ -157,13 +153,35 @@ def _backward(
     return dx, dA, dB, dC, dD
 
 
-def _fill(out: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, seed: Tensor | None) -> None:
+def _is_transposed(weight: Tensor | None) -> bool:
+    """Whether W is stored as Wᵀ (in, out), as GPT-2's Conv1D does.
+
+    W + ΔW is then built in the same layout, since libraries may sum products of the other one in another order: the
+    output must be the base's, bit for bit, where ΔW is 0. Its transpose has the same form, with other factors.
+    """
+    return weight is not None and weight.T.is_contiguous() and not weight.is_contiguous()
+
+
+def _laid_out_as(weight: Tensor | None, new: Callable[..., Tensor], rows: int, columns: int) -> Tensor:
+    return new(columns, rows).T if _is_transposed(weight) else new(rows, columns)
+
+
+def _transposed(factors: Factors) -> Factors:
+    """Those of ΔWᵀ = s · ReLU(Aᵀ Bᵀ) ⊙ Sign(Cᵀ Dᵀ)."""
+    A, B, C, D = factors
+    return B.T, A.T, D.T, C.T
+
+
+def _fill(out: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None) -> None:
     """out ← W + ΔW."""
+    if weight is not None and _is_transposed(weight):
+        _fill(out.T, _transposed(factors), scale, weight.T)
+        return
     if (kernels := _kernels(factors)) is not None:
-        kernels.build(out, weight, *factors, scale, None if seed is None else int(seed))
+        kernels.build(out, weight, *factors, scale)
         return
     A, B, C, D = factors
-    noise = _noise(out, seed)
+    noise = _noise(out, factors, weight)
     for rows in tiles(out):
         M, S = _parts(A, B, C, D, scale, rows)
         _store(out[rows], M.mul_(S), None if weight is None else weight[rows], noise)
@@ -171,25 +189,39 @@ def _fill(out: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, s
 
 def _parts(A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """ReLU(s·B A) and Sign(D C) of one tile."""
-    return ((scale * B[rows]) @ A).relu_(), sign_(D[rows] @ C)
+    return product(scale * B[rows], A).relu_(), sign_(product(D[rows], C))
 
 
-def _turn(
-    buffer: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, seed: Tensor | None, refill: bool
-) -> Factors:
+def _turn(buffer: Tensor, factors: Factors, scale: Tensor, weight: Tensor | None, refill: bool) -> Factors:
     """The factors' gradients from G, which `buffer` holds; with `refill`, W + ΔW is in it afterwards."""
+    if weight is not None and _is_transposed(weight):
+        dB, dA, dD, dC = _turn(buffer.T, _transposed(factors), scale, weight.T, refill)
+        return dA.T.contiguous(), dB.T.contiguous(), dC.T.contiguous(), dD.T.contiguous()
+    bound = loss_scaling.bound(buffer.device, half=buffer.dtype == torch.float16)
     if (kernels := _kernels(factors)) is not None:
-        gradients: Factors = kernels.gradients(buffer, *factors, scale)
+        found: Factors = kernels.gradients(buffer, *factors, scale, bound)
         if refill:
-            _fill(buffer, factors, scale, weight, seed)
-        return gradients
+            _fill(buffer, factors, scale, weight)
+    else:
+        found = _turn_tiles(buffer, factors, scale, bound, weight, refill)
+    dA, dB, dC, dD = found
+    # The clip makes a finite number of an overflow, which a gradient scaler has to find whatever is trained.
+    overflow = 0 * dB.sum()
+    return dA, dB, dC.add_(overflow), dD.add_(overflow)
+
+
+def _turn_tiles(
+    buffer: Tensor, factors: Factors, scale: Tensor, bound: Tensor, weight: Tensor | None, refill: bool
+) -> Factors:
     A, B, C, D = factors
     dA, dB, dC, dD = (torch.zeros_like(factor) for factor in factors)
-    noise = _noise(buffer, seed) if refill else None
+    noise = _noise(buffer, factors, weight) if refill else None
+    # On a CPU by a number, which is many times as fast; elsewhere reading it would wait for the device.
+    high: Any = bound.item() if bound.device.type == "cpu" else bound
     for rows in tiles(buffer):
         G = buffer[rows].to(A.dtype)
         M, S = _parts(A, B, C, D, scale, rows)
-        dN = (G * M).clamp_(-1, 1)
+        dN = (G * M).clamp_(-high, high)
         dM = torch.ops.aten.threshold_backward(G * S, M, 0)  # ReLU's backward: zero where M is
         dB[rows] = scale * (dM @ A.T)
         dA.addmm_((scale * B[rows]).T, dM)
@@ -200,30 +232,24 @@ def _turn(
     return dA, dB, dC, dD
 
 
-def _noise(out: Tensor, seed: Tensor | None) -> Tensor | None:
-    """What is added to the bits of a tile before those that `out` has no room for are cut off."""
-    if seed is None:
+def _noise(out: Tensor, factors: Factors, weight: Tensor | None) -> Tensor | None:
+    """For the largest tile of `out`, if W + ΔW is to be rounded at random."""
+    if weight is None or out.dtype not in rounding.DROPPED:
         return None
-    rows = next(tiles(out))
-    generator = torch.Generator(out.device).manual_seed(int(seed))
-    shape, high = (min(rows.stop, len(out)), out.shape[1]), 1 << _DROPPED[out.dtype]
-    return torch.randint(high, shape, dtype=torch.int32, device=out.device, generator=generator)
+    rows = min(next(tiles(out)).stop, len(out))
+    return rounding.noise(rounding.key(factors, weight), rows, out.shape[1], out.dtype)
 
 
 def _store(out: Tensor, delta: Tensor, weight: Tensor | None, noise: Tensor | None) -> None:
     """out ← W + ΔW, rounded up or down at random if there is noise; one tile, `delta` may be overwritten."""
-    if weight is not None and noise is None:
+    if weight is None:
+        out.copy_(delta)
+    elif noise is None:
         torch.add(delta, weight, out=out)
-        return
-    if weight is not None:
-        delta += weight
-    if noise is not None:
-        finite = delta.isfinite()
-        bits = delta.view(torch.int32)
-        # Not for NaN: its bits may overflow into those of a number.
-        bits += noise[: len(out)] * finite
-        bits &= -1 << _DROPPED[out.dtype]
-    out.copy_(delta)
+    else:
+        # W in the dtype of the product, as without an adapter: only ΔW is rounded at random.
+        delta += weight.to(out.dtype)
+        rounding.store(out, delta.float(), noise[: len(out)])
 
 
 @_forward.register_fake
@@ -238,15 +264,15 @@ def _(dY: Tensor, x: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, A, B, C, D, scale, weight, _, seed = inputs
+    x, A, B, C, D, scale, weight, _ = inputs
     trained = any(ctx.needs_input_grad[1:5])
-    ctx.save_for_backward(x if trained else None, A, B, C, D, scale, weight, seed)
+    ctx.save_for_backward(x if trained else None, A, B, C, D, scale, weight)
 
 
 def _differentiate(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     found = torch.ops.loraplex.gated_linear_backward(dY, *ctx.saved_tensors, needs[0])
-    return (*(g if need else None for g, need in zip(found, needs, strict=False)), *[None] * 4)
+    return (*(g if need else None for g, need in zip(found, needs, strict=False)), *[None] * 3)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

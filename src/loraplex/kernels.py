@@ -83,18 +83,30 @@ def _relu(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _round(
-    x: tl.tensor, rows: tl.tensor, columns: tl.tensor, num_columns: int, seed: tl.int64, dtype: tl.constexpr
-) -> tl.tensor:
-    """`x` in `dtype` (bfloat16 or float16), up or down at random, so that the mean over all seeds is x.
+def _nearest(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """`x`, float32, rounded to the nearest value of `dtype`, ties to even; still float32."""
+    if dtype == tl.bfloat16:
+        # By its bits, and so in the interpreter too, which cuts them off.
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        # NaN plus something may carry into the sign bit and become −0.
+        return tl.where(x == x, nearest, x)
+    return x.to(dtype).to(tl.float32)
 
-    Random bits are added below the last bit that stays, and what is below is cut off.
+
+@triton.jit
+def _round(
+    x: tl.tensor, rows: tl.tensor, columns: tl.tensor, num_columns: int, key: tl.int64, dtype: tl.constexpr
+) -> tl.tensor:
+    """`x` at a value of `dtype` (bfloat16 or float16), up or down at random, so that the mean over all keys is x.
+
+    Random bits are added below the last bit that stays, and what is below is cut off. The result is still float32.
     """
     # Philox yields 4 × 32 bits: 16 bits each for 8 neighbours in a row, whatever the tiles.
     BLOCK_M: tl.constexpr = x.shape[0]
     BLOCK_N: tl.constexpr = x.shape[1]
     groups = tl.min(columns, 0) // 8 + tl.arange(0, BLOCK_N // 8)
-    a, b, c, d = tl.randint4x(seed, rows[:, None] * tl.cdiv(num_columns, 8) + groups[None, :])
+    a, b, c, d = tl.randint4x(key, rows[:, None] * tl.cdiv(num_columns, 8) + groups[None, :])
     words = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.int32, bitcast=True)
     noise = tl.reshape(tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF), (BLOCK_M, BLOCK_N))
     bits = x.to(tl.int32, bitcast=True)
@@ -106,12 +118,56 @@ def _round(
         # Below float16's smallest normal number its values are 2⁻²⁴ apart.
         small = tl.floor(x * 16777216.0 + noise.to(tl.float32) * (1.0 / 8192.0)) * (1.0 / 16777216.0)
         rounded = tl.where(tl.abs(x) < 6.103515625e-05, small, rounded)
-    # NaN plus noise may carry into the sign bit and become −0.
-    return tl.where(x == x, rounded, x).to(dtype)
+    # NaN plus noise may carry into the sign bit and become −0; so may infinity become NaN.
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
+def _sampled(
+    matrix: tl.tensor, num_rows: int, num_columns: int, row: int, column: int, SAMPLE: tl.constexpr
+) -> tl.tensor:
+    """A number from the bits of `SAMPLE` elements that are spread over the matrix."""
+    i = tl.arange(0, SAMPLE).to(tl.int64)
+    x = tl.load(matrix + i * num_rows // SAMPLE * row + i * 37 % num_columns * column)
+    # Odd multipliers: the same bits elsewhere are another number.
+    return tl.sum(x.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64) * (2 * i + 1))
+
+
+@triton.jit
+def key_kernel(
+    key: tl.tensor,
+    weight: tl.tensor,
+    A: tl.tensor,
+    B: tl.tensor,
+    C: tl.tensor,
+    D: tl.tensor,
+    num_rows: int,
+    num_columns: int,
+    r1: int,
+    r2: int,
+    weight_row: int,
+    weight_column: int,
+    A_row: int,
+    A_column: int,
+    B_row: int,
+    B_column: int,
+    C_row: int,
+    C_column: int,
+    D_row: int,
+    D_column: int,
+    SAMPLE: tl.constexpr,
+) -> None:
+    """One number that changes with the factors, and differs between layers that have the same ones."""
+    found = _sampled(weight, num_rows, num_columns, weight_row, weight_column, SAMPLE)
+    found = found * 0x5851F42D4C957F2D + _sampled(A, r1, num_columns, A_row, A_column, SAMPLE)
+    found = found * 0x5851F42D4C957F2D + _sampled(B, num_rows, r1, B_row, B_column, SAMPLE)
+    found = found * 0x5851F42D4C957F2D + _sampled(C, r2, num_columns, C_row, C_column, SAMPLE)
+    found = found * 0x5851F42D4C957F2D + _sampled(D, num_rows, r2, D_row, D_column, SAMPLE)
+    tl.store(key, found & 0x7FFFFFFFFFFFFFFF)
 
 
 @_tuned
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
 def build_kernel(
     out: tl.tensor,
     weight: tl.tensor,
@@ -120,7 +176,7 @@ def build_kernel(
     C: tl.tensor,
     D: tl.tensor,
     scale: tl.tensor,
-    seed: tl.int64,
+    key: tl.tensor,
     num_rows: int,
     num_columns: int,
     r1: int,
@@ -139,11 +195,11 @@ def build_kernel(
     D_column: int,
     R1: tl.constexpr,
     R2: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """One tile of out = W + s · ReLU(B A) ⊙ Sign(D C)."""
+    """One tile of out = W + s · ReLU(B A) ⊙ Sign(D C), rounded to DTYPE: at random if there is a `key`."""
     rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k1, k2 = tl.arange(0, R1), tl.arange(0, R2)
@@ -159,9 +215,13 @@ def build_kernel(
     )
     x = tl.load(scale) * _relu(P) * _sign(N)
     if weight is not None:
-        x += _load(weight, rows, columns, weight_row, weight_column, num_rows, num_columns)
-    if STOCHASTIC:
-        x = _round(x, rows, columns, num_columns, seed, out.dtype.element_ty)
+        W = _load(weight, rows, columns, weight_row, weight_column, num_rows, num_columns)
+        # W in the dtype of the product, as without an adapter: only ΔW is rounded at random.
+        x += _nearest(W, DTYPE) if key is not None and weight.dtype.element_ty != DTYPE else W
+    if key is not None:
+        x = _round(x, rows, columns, num_columns, tl.load(key), DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        x = _nearest(x, DTYPE)
     inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
     tl.store(out + rows[:, None] * out_row + columns[None, :] * out_column, x.to(out.dtype.element_ty), mask=inside)
 
@@ -175,6 +235,7 @@ def gradients_kernel(
     C: tl.tensor,
     D: tl.tensor,
     scale: tl.tensor,
+    bound: tl.tensor,
     dB: tl.tensor,
     dD: tl.tensor,
     num_rows: int,
@@ -208,6 +269,7 @@ def gradients_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k1, k2 = tl.arange(0, R1), tl.arange(0, R2)
     s = tl.load(scale)
+    high = tl.load(bound)
     B_tile = _load(B, rows, k1, B_row, B_column, num_rows, r1)
     D_tile = _load(D, rows, k2, D_row, D_column, num_rows, r2)
     dB_tile = tl.zeros((BLOCK_M, R1), tl.float32)
@@ -222,7 +284,7 @@ def gradients_kernel(
         gP = tl.where(P > 0.0, G_tile * _sign(N), 0.0)
         gN = G_tile * (s * _relu(P))
         # tl.clamp would turn NaN into a number.
-        gN = tl.where(gN > 1.0, 1.0, tl.where(gN < -1.0, -1.0, gN))
+        gN = tl.where(gN > high, high, tl.where(gN < -high, -high, gN))
         dB_tile += tl.dot(gP, tl.trans(A_tile), input_precision="ieee")
         dD_tile += tl.dot(gN, tl.trans(C_tile), input_precision="ieee")
     inside = (rows < num_rows)[:, None]
@@ -238,17 +300,16 @@ def _padded(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def build(
-    out: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    scale: Tensor,
-    seed: int | None,
-) -> None:
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_SAMPLE = 1024
+"""Elements of each factor that a key depends on."""
+
+
+def build(out: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor) -> None:
     """Write W + s · ReLU(B A) ⊙ Sign(D C) into `out`, with Sign(0) = −1.
+
+    Where there is a W and `out` is half precision, W is rounded to the nearest value and the sum up or down at random,
+    with an error of mean zero: alike each time until the factors change.
 
     Args:
         out: `(out, in)` in float32, bfloat16 or float16, any strides. Must not share memory with `weight`: tuning runs
@@ -257,12 +318,35 @@ def build(
         A, B: `(r₁, in)` and `(out, r₁)`, float32, any strides.
         C, D: `(r₂, in)` and `(out, r₂)`, float32, any strides.
         scale: s, a float32 tensor without dimensions on the same device: it is not read by the host.
-        seed: None rounds to the nearest value of `out`'s dtype. A number (0 to 2⁶³ − 1) rounds up or down at random,
-            with an error of mean zero, and alike whenever the seed is the same. Float32 is not rounded.
 
     Raises:
         ValueError: r₁ or r₂ is larger than `MAX_RANK`.
     """
+    half = weight is not None and out.dtype != torch.float32
+    build_with(out, weight, A, B, C, D, scale, key_of(weight, A, B, C, D) if half else None, out.dtype)  # type: ignore[arg-type]
+
+
+def key_of(weight: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """What random rounding depends on: int64 without dimensions, on the device of W."""
+    key = torch.empty((), dtype=torch.int64, device=weight.device)
+    strides = [stride for matrix in (weight, A, B, C, D) for stride in matrix.stride()]
+    with torch.cuda.device_of(weight):
+        key_kernel[(1,)](key, weight, A, B, C, D, *weight.shape, len(A), len(C), *strides, SAMPLE=_SAMPLE)
+    return key
+
+
+def build_with(
+    out: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    scale: Tensor,
+    key: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """`build` with a key, or None to round to the nearest value of `dtype`, than which `out` may be wider."""
     num_rows, num_columns = out.shape
     r1, r2 = len(A), len(C)
     with torch.cuda.device_of(out):
@@ -274,7 +358,7 @@ def build(
             C,
             D,
             scale,
-            0 if seed is None else seed,
+            key,
             num_rows,
             num_columns,
             r1,
@@ -287,23 +371,24 @@ def build(
             *D.stride(),
             R1=_padded(r1),
             R2=_padded(r2),
-            STOCHASTIC=seed is not None and out.dtype != torch.float32,
+            DTYPE=_DTYPES[dtype],
             **_OPTIONS,
         )
 
 
 def gradients(
-    G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor
+    G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, bound: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of A, B, C and D, given G, that of W' = W + s · ReLU(P) ⊙ Sign(N) with P = B A and N = D C.
 
     dB = s · gP Aᵀ and dA = s · Bᵀ gP with gP = G ⊙ Sign(N) ⊙ [P > 0]; dD = gN Cᵀ and dC = Dᵀ gN with
-    gN = clamp(s · G ⊙ ReLU(P), −1, 1), the straight-through gradient of Sign. No atomics: a result is the same each
-    time, unless tuning in another process chose other tiles and with them another order of summation.
+    gN = clamp(s · G ⊙ ReLU(P), −bound, bound), the straight-through gradient of Sign. No atomics: a result is the same
+    each time, unless tuning in another process chose other tiles and with them another order of summation.
 
     Args:
         G: dYᵀ X `(out, in)` in float32, bfloat16 or float16, any strides.
         A, B, C, D, scale: as for `build`.
+        bound: the loss scale, a float32 tensor without dimensions on the same device.
 
     Returns:
         (dA, dB, dC, dD) in float32, contiguous.
@@ -311,13 +396,15 @@ def gradients(
     Raises:
         ValueError: r₁ or r₂ is larger than `MAX_RANK`.
     """
-    dB, dD = _left_gradients(G, A, B, C, D, scale)
+    dB, dD = _left_gradients(G, A, B, C, D, scale, bound)
     # W'ᵀ has the same form with Aᵀ and Bᵀ, Cᵀ and Dᵀ changing places.
-    dA, dC = _left_gradients(G.T, B.T, A.T, D.T, C.T, scale)
+    dA, dC = _left_gradients(G.T, B.T, A.T, D.T, C.T, scale, bound)
     return dA.T.contiguous(), dB, dC.T.contiguous(), dD
 
 
-def _left_gradients(G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _left_gradients(
+    G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale: Tensor, bound: Tensor
+) -> tuple[Tensor, Tensor]:
     """dB and dD."""
     num_rows, num_columns = G.shape
     r1, r2 = len(A), len(C)
@@ -334,6 +421,7 @@ def _left_gradients(G: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, scale
             C,
             D,
             scale,
+            bound,
             dB,
             dD,
             num_rows,

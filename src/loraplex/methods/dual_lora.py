@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from loraplex import loss_scaling
 from loraplex.cache import TensorCache
 from loraplex.config import AdapterConfig, check_choice, check_count, check_number, check_steps
 from loraplex.field_types import shown
 from loraplex.gated import compute_dtype, delta_weight, gated_linear, has_kernels, rows_of, sign_
 from loraplex.layer import Factors, wide
 from loraplex.model import AdapterModel
+from loraplex.products import product
 from loraplex.schedule import Scheduled, StateOf
 from loraplex.sharing import Member, read
 
@@ -29,15 +31,19 @@ logger = logging.getLogger(__name__)
 
 
 class Sign(torch.autograd.Function):
-    """+1 where the input is positive, −1 elsewhere (Sign(0) = −1); backward clips the gradient to [−1, 1]."""
+    """+1 where the input is positive, −1 elsewhere (Sign(0) = −1); backward clips the gradient to [−1, 1].
+
+    Under a loss scale S that is [−S, S]. `half`: whether the gradient comes from float16, where S must be known.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, half: bool = False) -> Tensor:
+        ctx.half = half
         return sign_(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clamp(-1, 1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return loss_scaling.clip(grad, ctx.half), None
 
 
 def check_warmup(warmup: Tensor) -> None:
@@ -108,6 +114,7 @@ class DualLoraFactors(Factors):
         r1, r2 = config.ranks(self.module_name)
         self.compute, self.cache_delta = config.compute, config.cache_delta
         self._cache = TensorCache()
+        loss_scaling.watch()
         shapes = {
             "lora_A": (r1, self.in_features),
             "lora_B": (self.out_features, r1),
@@ -136,11 +143,15 @@ class DualLoraFactors(Factors):
         return self
 
     def delta_weight(self, rows: slice = slice(None)) -> Tensor:
+        return self._delta_weight(rows, half=False)
+
+    def _delta_weight(self, rows: slice, half: bool) -> Tensor:
         # Outside autocast and in float32 at least: Sign(DC) flips on bfloat16 rounding, and forward, merge and export
         # must see the same signs.
         with torch.autocast(self.lora_A.device.type, enabled=False):
             A, B, C, D = (wide(factor) for factor in (self.lora_A, self.lora_B, self.lora_C, self.lora_D))
-            return self.scaling * self.shared.fraction(A) * torch.relu(B[rows] @ A) * Sign.apply(D[rows] @ C)
+            M, N = product(B[rows], A), product(D[rows], C)
+            return self.scaling * self.shared.fraction(A) * torch.relu(M) * Sign.apply(N, half)
 
     def by_rows(self) -> Callable[[slice], Tensor]:
         factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D
@@ -154,7 +165,8 @@ class DualLoraFactors(Factors):
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        return self.lora_A.dtype if self.compute == "reference" else None
+        # The base layer's, which also tells whether gradients are in float16.
+        return None
 
     def takes_weight(self, x: Tensor) -> bool:
         return self._stays_apart(x) is None
@@ -184,9 +196,13 @@ class DualLoraFactors(Factors):
             elif has_kernels(x.device.type, max(len(self.lora_A), len(self.lora_C))):
                 means = "Triton tiles"
             _announce(x.device.type, means, None if weight is not None else apart)
-        x = self.dropout(x)
         if self.compute == "reference":
-            return linear(x, self.delta_weight().to(x.dtype))
+            if not torch.compiler.is_compiling():
+                loss_scaling.forward_begins()
+            half = torch.float16 in (x.dtype, compute_dtype(x))
+            x = self.dropout(x.to(self.lora_A.dtype))
+            return linear(x, self._delta_weight(slice(None), half).to(x.dtype))
+        x = self.dropout(x)
         scale = self.scaling * self.shared.fraction(wide(self.lora_B))
         factors = self.lora_A, self.lora_B, self.lora_C, self.lora_D
         x = x.to(compute_dtype(x))
