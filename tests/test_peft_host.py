@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 from importlib.metadata import requires, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -778,7 +779,7 @@ def test_accumulation_counts_one_version_of_a_gradient() -> None:
         elif reset == "zero":
             weight.grad.zero_()
         (weight * weight).sum().backward()
-    grown = [b - a for a, b in zip(versions, versions[1:], strict=False)]
+    grown = [b - a for a, b in pairwise(versions)]
     assert [step == 1 for step in grown] == [True, False, True, False, True]
 
 
