@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 from importlib.metadata import requires, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -705,6 +706,106 @@ def test_step_hook_fires_once_per_step() -> None:
             seen.clear()
     finally:
         handle.remove()
+
+
+def test_hooks_of_a_derived_optimizer_nest() -> None:
+    """A subclass that calls its base class's step is hooked twice (optimizer_steps counts the outermost)."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    class Derived(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    torch.optim.SGD([weight]), (optimizer := Derived([weight]))
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: seen.append(optimizer))
+    optimizer.step()
+    handle.remove()
+    assert seen == [optimizer] * 2
+
+
+def test_the_step_that_makes_an_optimizers_state_is_known() -> None:
+    """torch calls `step(closure=None)` with a learning rate of 0 and no backward pass (optimizer_steps)."""
+    from torch.distributed.checkpoint.state_dict import _init_optim_state
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    handle = register_optimizer_step_post_hook(
+        lambda optimizer, args, kwargs: seen.append((kwargs, optimizer.param_groups[0]["lr"]))
+    )
+    _init_optim_state(optimizer)
+    handle.remove()
+    assert seen == [({"closure": None}, 0.0)]
+
+
+def test_a_frame_that_runs_refuses_to_be_cleared() -> None:
+    """By that a step is known that an exception has ended (optimizer_steps)."""
+    frames = []
+
+    def fails() -> None:
+        frames.append(inspect.currentframe())
+        with pytest.raises(RuntimeError):
+            frames[0].clear()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as kept:  # whose traceback holds the frame
+        fails()
+    frames[0].clear()
+    assert kept.tb is not None
+
+
+def test_callbacks_at_the_end_of_a_backward_pass() -> None:
+    """The engine takes them only in the course of a pass, and calls those that callbacks add (schedule.py, Watch)."""
+    queue, calls = torch.autograd.Variable._execution_engine.queue_callback, []
+    with pytest.raises(RuntimeError, match="during backward"):
+        queue(lambda: None)
+    weight = nn.Parameter(torch.ones(2))
+
+    def hook(p: torch.Tensor) -> None:
+        queue(lambda: queue(lambda: calls.append("last")))
+        queue(lambda: calls.append("first"))
+
+    weight.register_post_accumulate_grad_hook(hook)
+    (weight * 2).sum().backward()
+    assert calls == ["first", "last"]
+
+
+def test_accumulation_counts_one_version_of_a_gradient() -> None:
+    """A reset is told from accumulation by that (hidden_optimizer.Watch)."""
+    weight, versions = nn.Parameter(torch.ones(2)), []
+    weight.register_post_accumulate_grad_hook(lambda p: versions.append(p.grad._version))
+    for reset in (None, None, "none", None, "zero", None):
+        if reset == "none":
+            weight.grad = None
+        elif reset == "zero":
+            weight.grad.zero_()
+        (weight * weight).sum().backward()
+    grown = [b - a for a, b in pairwise(versions)]
+    assert [step == 1 for step in grown] == [True, False, True, False, True]
+
+
+def test_ddp_says_in_its_forward_which_ranks_it_joins(tmp_path: Path) -> None:
+    """`_active_ddp_module` is set there and nowhere else (parallel.ddp_group)."""
+    from torch import distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from loraplex.parallel import ddp_group
+
+    class Asks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(ddp_group())
+            return super().forward(x)
+
+    seen: list[Any] = []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = dist.new_group([0])
+        DistributedDataParallel(Asks(2, 2), process_group=group)(torch.ones(1, 2))
+        assert seen == [group]
+        assert ddp_group() is None
+    finally:
+        dist.destroy_process_group()
 
 
 def test_skipped_step_is_not_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -791,17 +793,78 @@ def test_restarted_averages_would_merge_otherwise(tmp_path: Path) -> None:
         Loop(reload(tmp_path)).load(tmp_path, forget).run(5)
 
 
-def test_resume_without_optimizer_state_is_not_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Half-merged, and the averages are gone: the next merge would rest on other numbers than the paper's."""
+@pytest.mark.parametrize("stop", [2, STOP])
+@pytest.mark.parametrize("into", ["new", "existing"])
+def test_lost_averages_stop_the_run(into: str, stop: int, tmp_path: Path) -> None:
+    """A fresh optimizer, before the first merge or after it: the merges would come late, not at all, or be others."""
+    loop = Loop(adapted("ASLORA")).run(stop)
+    loop.save(tmp_path)
+    if into == "new":
+        model = reload(tmp_path)
+    else:
+        model = adapted("ASLORA", seed=77)
+        model.load_adapter(str(tmp_path), "default", is_trainable=True, autocast_adapter_dtype=False)
+    merged = progress(model)
+    with pytest.raises(RuntimeError, match=rf"from step {stop}.*optimizer\.load_state_dict.*restart_averages"):
+        Loop(model).run(1)
+    assert progress(model) == merged
+    # Another run, from this adapter: merges that were done count, and the next is due after its own steps.
+    loraplex.restart_averages(model)
+    Loop(model).run(STEPS)
+    assert sorted(merge[0] for merge in progress(model))[-2:] == ([5, 5] if stop == 2 else [3, 3])
+
+
+def test_another_optimizer_in_the_same_process_goes_on(tmp_path: Path) -> None:
+    """The averages are in memory still, though the optimizer that kept them is gone."""
+    model = adapted("ASLORA")
+    early(model)
+    torch.manual_seed(5)
+    first = Loop(model, "sgd").run(STOP, lambda step: late(model) if step == STOP else None)
+    second = Loop(model, "sgd")
+    second.done = first.done
+    del first
+    gc.collect()
+    second.run(STEPS)
+    assert progress(model) == EXPECTED["ASLORA"]
+    assert steps_counted(model, second.optimizer) == 5  # the schedule's last step
+
+
+def test_a_finished_adapter_is_fine_tuned_afresh(tmp_path: Path) -> None:
+    loop = Loop(adapted("ASLORA")).run(STEPS)
+    loop.save(tmp_path)
+    merges = progress(loop.model)
+    assert len(merges) == 4
+    model = reload(tmp_path)
+    Loop(model).run(3)
+    assert progress(model) == merges
+    # As today's files: the count is kept only while merges are to come.
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert [t[1, -1].item() for key, t in stored.items() if key.endswith("__merges")] == [0, 0]
+
+
+def test_files_without_a_count_still_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     straight_and_saved(adapted("ASLORA"), tmp_path)
-    loop = Loop(reload(tmp_path))
-    caplog.set_level("WARNING")
-    try:
-        loop.run(2)
-    except RuntimeError as error:
-        assert "optimizer" in str(error)  # noqa: PT017
-        return
-    assert any("average" in record.getMessage() for record in caplog.records)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    for key, tensor in stored.items():
+        if key.endswith("__merges"):
+            assert tensor[1, -1] == STOP
+            tensor[1, -1] = 0
+    save_file(stored, file, {"format": "pt"})
+    model = reload(tmp_path)
+    assert [merge[0] for merge in progress(model)] == [3, 3]
+    Loop(model).run(2)
+    assert any("averages start anew" in record.getMessage() for record in caplog.records)
+
+
+def test_averages_of_another_step_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loop = Loop(adapted("ASLORA")).run(2)
+    state = copy.deepcopy(loop.optimizer.state_dict())
+    loop.run(STOP).save(tmp_path)
+    other = Loop(reload(tmp_path))
+    other.optimizer.load_state_dict(state)
+    other.run(1)
+    assert any("of step 4" in r.getMessage() and "of step 2" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -931,6 +994,7 @@ class Hidden(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:
         for flat, real in zip(self.param_groups[0]["params"], self.real, strict=True):
+            flat.data.copy_(real)
             flat.grad = real.grad
         super().step(closure)
         with torch.no_grad():
@@ -974,6 +1038,26 @@ def test_the_callback_remedies_a_hidden_optimizer(method: str, tmp_path: Path) -
         assert [merge[0] for merge in progress(model)] == [3, 3, 5, 5]
     else:
         assert progress(model) == [7, 7]
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+def test_the_callback_finds_averages_in_another_folder(told: bool, tmp_path: Path) -> None:
+    """A Trainer does not tell its callbacks where it resumes from; averages of a hidden optimizer lie there."""
+    saving = {"save_strategy": "steps", "save_steps": STOP}
+    straight = trainer(adapted("ASLORA"), tmp_path / "one", (Push(), ScheduleCallback()), **saving)
+    straight.optimizer = Hidden(trainable(straight.model))
+    straight.train()
+    assert progress(straight.model) == EXPECTED["ASLORA"]
+    checkpoint = tmp_path / "one" / f"checkpoint-{STOP}"
+    callback = ScheduleCallback(resume_from=checkpoint if told else None)
+    resumed = trainer(adapted("ASLORA", seed=77), tmp_path / "other", (callback,), **saving)
+    resumed.optimizer = Hidden(trainable(resumed.model))
+    if told:
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert progress(resumed.model) == EXPECTED["ASLORA"]
+    else:
+        with pytest.raises(RuntimeError, match=r"from step 4.*ScheduleCallback\(resume_from=checkpoint\)"):
+            resumed.train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_another_models_optimizer_may_step_more_often() -> None:

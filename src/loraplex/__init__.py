@@ -8,7 +8,14 @@ from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLora
 from loraplex.parallel import gathered_state_dict
 from loraplex.plain_folder import to_plain
 from loraplex.registry import add_adapter, load_adapter
-from loraplex.schedule import load_schedules, save_schedules, set_total_steps, step
+from loraplex.schedule import (
+    load_schedules,
+    restart_averages,
+    save_schedules,
+    set_process_group,
+    set_total_steps,
+    step,
+)
 from loraplex.schedule_callback import ScheduleCallback
 from loraplex.version import __version__
 
@@ -30,7 +37,9 @@ __all__ = [
     "load_adapter",
     "load_schedules",
     "loss_scale",
+    "restart_averages",
     "save_schedules",
+    "set_process_group",
     "set_total_steps",
     "step",
     "to_plain",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
 
 FSDP2_INSTEAD = (
@@ -77,6 +78,30 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     places = [Replicate()] * like.device_mesh.ndim
     return DTensor.from_local(tensor, like.device_mesh, places, run_check=False)
+
+
+def ranks_of(tensor: Tensor) -> list[Any]:
+    """The process groups whose ranks train `tensor` together: those of its mesh or partition, else all ranks."""
+    if isinstance(tensor, DTensor):
+        return [tensor.device_mesh.get_group(dimension) for dimension in range(tensor.device_mesh.ndim)]
+    if _is_zero3(tensor):
+        return [tensor.ds_process_group]  # type: ignore[attr-defined]
+    return [dist.group.WORLD] if dist.is_available() and dist.is_initialized() else []
+
+
+def first_decides(numbers: list[list[int]], groups: list[Any]) -> list[list[int]]:
+    """What the first rank of `groups` says; all their ranks must call this."""
+    said = [numbers]
+    # One dimension of the mesh after the other, so that in the end all have what the first of all has.
+    for group in groups:
+        dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group)  # on a device that the backend knows
+    return said[0]
+
+
+def ddp_group() -> Any:
+    """The process group of the DistributedDataParallel in whose forward this is called, or None."""
+    ddp = DistributedDataParallel._active_ddp_module
+    return None if ddp is None else ddp.process_group
 
 
 def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:

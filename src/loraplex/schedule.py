@@ -31,12 +31,14 @@ from torch.optim import Optimizer
 from loraplex.files import write_tensors
 from loraplex.hidden_optimizer import Watch
 from loraplex.optimizer_steps import follow, holds
-from loraplex.parallel import cut, is_sharded, part, whole
+from loraplex.parallel import cut, ddp_group, first_decides, is_sharded, part, ranks_of, whole
 from loraplex.sharing import FactorBank, SharedFactors
 
 StateOf = Callable[[nn.Parameter], dict[str, Any]]
 
 SCHEDULE_NAME = "schedule.safetensors"
+
+_UNKNOWN = object()
 
 
 class Scheduled(SharedFactors):
@@ -61,6 +63,8 @@ class Scheduled(SharedFactors):
         self._last_told = self._last_seen = self._in_backward = False
         self._seen_since_told: set[int] = set()
         self.has_advanced = False
+        self.group: Any = _UNKNOWN
+        """The process group whose ranks train the adapter together; None: this rank alone."""
 
     @abstractmethod
     def trained(self) -> Iterator[nn.Parameter]:
@@ -208,6 +212,12 @@ class Scheduled(SharedFactors):
                 return state
         return self._private_state.setdefault(name, {})
 
+    def kept_state(self) -> Iterator[dict[str, Any]]:
+        """The training state of each parameter that has any, as far as it is known where."""
+        yield from self._private_state.values()
+        for optimizer in self.known_optimizers():
+            yield from (optimizer.state[p] for p in self.parameters() if p in optimizer.state)
+
     def training_state(self) -> dict[str, Tensor]:
         """What a resume needs and neither adapter nor optimizer holds, as whole tensors. All ranks must call it."""
         parameters, state = dict(self.named_parameters()), {}
@@ -229,6 +239,22 @@ class Scheduled(SharedFactors):
             if key != "explicit":  # a mark of earlier versions
                 self._private_state.setdefault(name, {})[key] = entry
 
+    def restart_averages(self) -> None:
+        """Forget what was gathered in training, to begin another run. Nothing by default."""
+
+    # Ranks
+
+    def decided_by_first(self, numbers: list[list[int]], like: Tensor) -> list[list[int]]:
+        """What the first of the ranks says that train the adapter together; all of them must call this.
+
+        Args:
+            numbers: what this rank says.
+            like: a parameter of the adapter.
+        """
+        groups = ranks_of(like) if self.group is _UNKNOWN or is_sharded(like) else [self.group]
+        groups = [group for group in groups if group is not None and dist.get_world_size(group) > 1]
+        return first_decides(numbers, groups)
+
     # Watching for an optimizer that can't be seen
 
     def _before_forward(self, *_: Any) -> None:
@@ -236,6 +262,8 @@ class Scheduled(SharedFactors):
             if not self._in_backward:
                 self.complete_update()  # of an update, the optimizers step before the next forward
             self._arm()
+            if self.group is _UNKNOWN and (group := ddp_group()) is not None:
+                self.group = group
 
     def train(self, mode: bool = True) -> Scheduled:
         """Switch modes; when training begins, watch for backward passes through the first trained parameter."""
@@ -256,7 +284,7 @@ class Scheduled(SharedFactors):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or unpickled adapter follows optimizers of its own.
-        gone = ("_watch", "_homes", "_stepped", "_absent", "_seen_since_told")
+        gone = ("_watch", "_homes", "_stepped", "_absent", "_seen_since_told", "group")
         return {key: value for key, value in self.__dict__.items() if key not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -307,6 +335,29 @@ def set_total_steps(model: nn.Module, total_steps: int) -> None:
                 f"{total_steps} optimizer steps. Train longer, or give smaller steps; fractions such as 0.1 follow "
                 "the run's length."
             )
+
+
+def restart_averages(model: nn.Module) -> None:
+    """Begin another run from an adapter that was saved in the middle of its schedule.
+
+    ASLoRA's running averages and the steps that its merges are due at begin anew; merges that were done stay. Dual
+    LoRA's warm-up goes on where it is.
+    """
+    for _, shared in schedules(model):
+        shared.restart_averages()
+
+
+def set_process_group(model: nn.Module, group: Any) -> None:
+    """Say which ranks train the adapters of `model` together, where neither DDP nor sharding tells.
+
+    The first of them decides which layers ASLoRA merges. Untold, these are the ranks of DDP's group or of the
+    parameters' mesh, else all ranks of the default group, which then wait for each other at each merge.
+
+    Args:
+        group: a process group; None if every rank trains a model of its own.
+    """
+    for _, shared in schedules(model):
+        shared.group = group
 
 
 def save_schedules(model: nn.Module, folder: Path) -> None:

@@ -419,6 +419,19 @@ def test_update_distance_with_a_rank_deficient_A(A):
     assert distance(B_i, B_j, A) == pytest.approx(naive_update_distance(B_i, B_j, A), rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_averages_that_are_not_finite_merge_nothing(value):
+    """A NaN is neither smaller nor larger: min() would have taken whichever pair comes first."""
+    model = toy(4, num_merges=1)
+    loraplex.step(model)
+    with torch.no_grad():
+        own_B(model, 1).fill_(value)
+        own_B(model, 2).fill_(value)
+    with pytest.raises(RuntimeError, match=r"step 2.*NaN or Inf.*earlier checkpoint"):
+        loraplex.step(model)
+    assert history(model) == []
+
+
 # Optimizers
 
 

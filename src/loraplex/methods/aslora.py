@@ -11,6 +11,7 @@ Merges at steps t > T_s with (t − T_s) mod m = 0, one per family, until N are 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -62,10 +63,17 @@ def closest_pair(averages: dict[int, Tensor], candidates: str, A: Tensor | None 
         averages: B̄ of the layers that own a B.
         candidates: "adjacent" compares neighbours among these layers, "all" every pair.
         A: given for the "update" distance.
+
+    Raises:
+        FloatingPointError: a distance is NaN, which is neither small nor large.
     """
     layers = sorted(averages)
     pairs = pairwise(layers) if candidates == "adjacent" else combinations(layers, 2)
-    return min(pairs, key=lambda pair: distance(averages[pair[0]], averages[pair[1]], A))
+    distances = {pair: distance(averages[pair[0]], averages[pair[1]], A) for pair in pairs}
+    for (lower, upper), value in distances.items():
+        if math.isnan(value):
+            raise FloatingPointError(f"The distance between the averages of layers {lower} and {upper} is NaN")
+    return min(distances, key=distances.__getitem__)
 
 
 def merge_due(t: int, start: int, interval: int) -> bool:
@@ -182,8 +190,45 @@ class AsLoraShared(Scheduled):
                 averages = self._update_averages(family, state_of)
                 if merge_due(self.steps[family], start, interval):  # type: ignore[arg-type]
                     due[family] = averages
-        for family, averages in due.items():
-            self._merge(family, averages, state_of)
+        if due:
+            choices = [self._choose(family, averages) for family, averages in due.items()]
+            for family, (lower, upper) in zip(due, self._agree(list(due), choices), strict=True):
+                self._merge(family, lower, upper, state_of)
+
+    def _choose(self, family: str, averages: dict[int, Tensor]) -> tuple[int, int]:
+        """The pair that this rank would merge; (-1, -1) if a distance is NaN."""
+        # Distances need whole matrices, merges are few: only now are shards gathered.
+        averages = {layer: whole(average, self.B(family, layer)) for layer, average in averages.items()}
+        A = getattr(self, f"{family}__lora_A")
+        A = whole(part(A), A) if self.config.merge_distance == "update" else None
+        try:
+            return closest_pair(averages, self.config.merge_candidates, A)
+        except FloatingPointError as error:
+            logger.error("%s: %s.", family, error)
+            return -1, -1
+
+    def _agree(self, families: list[str], mine: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The pairs that the first rank chose: ranks whose averages differ in their last bits may choose others."""
+        rows = [[self.steps[family], *pair] for family, pair in zip(families, mine, strict=True)]
+        agreed = self.decided_by_first(rows, self.B(families[0], self.owners(families[0])[0]))
+        for family, (t, lower, upper), row in zip(families, agreed, rows, strict=True):
+            if t != row[0]:
+                raise RuntimeError(
+                    f"The ranks disagree about the step at which {family} merges: {t} on the first, {row[0]} here. "
+                    "Every rank has to make every update, and to load the same checkpoint."
+                )
+            if lower < 0:
+                raise RuntimeError(
+                    f"ASLoRA can't merge {family} at step {t}: the averages hold NaN or Inf, so training has diverged "
+                    "before. Remedy: go on from an earlier checkpoint, with a smaller learning rate."
+                )
+            if [lower, upper] != row[1:]:
+                logger.warning(
+                    "ASLoRA step %d: %s merges layers %d and %d as the first rank says; this rank's averages say %d "
+                    "and %d. Parameters that are not sharded should be equal on all ranks.",
+                    *(t, family, lower, upper, *row[1:]),
+                )
+        return [(lower, upper) for _, lower, upper in agreed]
 
     def _update_averages(self, family: str, state_of: StateOf) -> dict[int, Tensor]:
         """layer → B̄, of sharded B's this rank's part."""
@@ -233,6 +278,9 @@ class AsLoraShared(Scheduled):
     def restart_averages(self) -> None:
         """Begin averages and their count of steps anew; merges that were done stay."""
         self._averages = {}
+        for state in self.kept_state():
+            for key in ("aslora_average", "aslora_steps"):
+                state.pop(key, None)
         for family in self.families:
             self._set_steps(family, 0)
 
@@ -243,12 +291,7 @@ class AsLoraShared(Scheduled):
         getattr(self, f"{family}__merges")[1, -1] = steps
         self._map_is_read(family)
 
-    def _merge(self, family: str, averages: dict[int, Tensor], state_of: StateOf) -> None:
-        # Distances need whole matrices, merges are few: only now are shards gathered, and all ranks see the same.
-        averages = {layer: whole(average, self.B(family, layer)) for layer, average in averages.items()}
-        A = getattr(self, f"{family}__lora_A")
-        A = whole(part(A), A) if self.config.merge_distance == "update" else None
-        lower, upper = closest_pair(averages, self.config.merge_candidates, A)
+    def _merge(self, family: str, lower: int, upper: int, state_of: StateOf) -> None:
         t = self.steps[family]
         mapped = [upper if m == lower else m for m in self.maps[family]]
         merges = getattr(self, f"{family}__merges")

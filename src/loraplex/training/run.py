@@ -109,7 +109,7 @@ def _train(run: RunConfig, output_dir: Path, checkpoint: Path | None) -> Result:
     )
     trainer = _build_trainer(run, arguments, tokenizer, tasks, adapter_config(run))
     log = MetricsLog(output_dir / METRICS_NAME)
-    stop = _attach(trainer, run, evaluators, log)
+    stop = _attach(trainer, run, evaluators, log, checkpoint)
     if trainer.is_world_process_zero():
         log.start(None if checkpoint is None else step_of(checkpoint))
         write_atomic(output_dir / RUN_NAME, to_yaml(run))
@@ -206,7 +206,9 @@ def _build_trainer(
     )
 
 
-def _attach(trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log: MetricsLog) -> StopOnSignal:
+def _attach(
+    trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log: MetricsLog, checkpoint: Path | None
+) -> StopOnSignal:
     stop = StopOnSignal()
     trainer.guard = NonFiniteGuard(trainer, run)
     trainer.evaluators, trainer.metrics_log = evaluators, log
@@ -215,7 +217,8 @@ def _attach(trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.metrics = MetricsCallback(log)
-    ours = (ScheduleCallback(saves=False), ResumedLearningRate(), trainer.metrics, ProgressLine())
+    schedule = ScheduleCallback(saves=False, resume_from=checkpoint)
+    ours = (schedule, ResumedLearningRate(), trainer.metrics, ProgressLine())
     for callback in (*ours, trainer.guard, stop):
         trainer.add_callback(callback)
     return stop
