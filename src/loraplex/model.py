@@ -35,6 +35,7 @@ from loraplex.combine import add_weighted_adapter
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
 from loraplex.packing import guard, release
+from loraplex.placement import refuse_loaded_with_parent
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,8 @@ class AdapterModel(BaseTuner):
     def train(self, mode: bool = True) -> AdapterModel:
         """Switch modes. An adapter that is put to use is the user's: a later failed load does not take it away."""
         self.__dict__.pop("_before", None)
+        if mode:
+            refuse_loaded_with_parent(self)
         return super().train(mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
