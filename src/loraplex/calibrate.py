@@ -119,7 +119,9 @@ def _outputs(
     mask = batch.get("attention_mask")
 
     def real(x: Tensor) -> Tensor:
-        return x[mask.bool()] if mask is not None and mask.shape == x.shape[:-1] else x.flatten(0, -2)
+        fits = mask is not None and mask.shape == x.shape[:-1]
+        # Layers of a dispatched model see x on devices of their own.
+        return x[mask.to(x.device, torch.bool)] if fits else x.flatten(0, -2)  # type: ignore[union-attr]
 
     def hook(factors: MasaFactors, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         if see is not None:

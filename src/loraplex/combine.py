@@ -95,7 +95,9 @@ def _add(parts: list[Factors | None], weights: list[float], combination_type: st
             f"The sum of updates on {missing[0].module_name} is no adapter of the same method: only ΔW = B A adds up. "
             "Keep the adapters active together, merge them (merge_adapter), or export them as LoRA and combine those."
         )
-    pairs = [form for _, form in forms if form is not None]
+    first = next(form for _, form in forms if form is not None)
+    # Banks of two adapters may be on different devices.
+    pairs = [(A.to(first[0].device), B.to(first[1].device)) for _, form in forms if form is not None for A, B in [form]]
     if combination_type == "cat":
         return torch.cat([A for A, _ in pairs]), torch.cat([w * B for w, (_, B) in zip(weights, pairs, strict=True)], 1)
     A = pairs[0][0]

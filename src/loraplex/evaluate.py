@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.placement import input_device
 from loraplex.training.encode import Answer, encode_answers, encode_texts
 from loraplex.training.progress import progress
 
@@ -117,7 +118,7 @@ class Evaluator:
                     {"input_ids": answer.tokens[: answer.start]}
                     for answer, *_ in map(self._answers.__getitem__, chosen)
                 ]
-                batch = self.tokenizer.pad(prompts, return_tensors="pt", padding_side="left").to(_device(model))
+                batch = self.tokenizer.pad(prompts, return_tensors="pt", padding_side="left").to(input_device(model))
                 written = model.generate(  # type: ignore[operator]
                     **batch, max_new_tokens=length, do_sample=False, eos_token_id=end, pad_token_id=pad
                 )[:, batch["input_ids"].shape[1] :]
@@ -137,7 +138,7 @@ class Evaluator:
             for start in range(0, len(self._texts), self.batch_size):
                 numbers, rows = zip(*self._texts[start : start + self.batch_size], strict=True)
                 inputs = [{key: value for key, value in row.items() if key != "labels"} for row in rows]
-                batch = self.tokenizer.pad(inputs, return_tensors="pt").to(_device(model))
+                batch = self.tokenizer.pad(inputs, return_tensors="pt").to(input_device(model))
                 logits.append(model(**batch).logits.float().cpu())
                 labels += [row["labels"] for row in rows]
                 order += numbers
@@ -236,7 +237,7 @@ def _batches(passes: Sequence[_Pass], batch_size: int, vocabulary: int) -> Itera
 
 def _score(model: nn.Module, batch: Sequence[_Pass], pad: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(numbers of answers, log-probabilities to add to them) of one batch, padded on the right."""
-    device = _device(model)
+    device = input_device(model)
     width = max(len(p.tokens) for p in batch)
     ids = torch.tensor([p.tokens + [pad] * (width - len(p.tokens)) for p in batch], device=device)
     mask = torch.tensor([[1] * len(p.tokens) + [0] * (width - len(p.tokens)) for p in batch], device=device)
@@ -259,7 +260,3 @@ def _score(model: nn.Module, batch: Sequence[_Pass], pad: int) -> Iterator[tuple
 
 def _base(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -16,13 +16,14 @@ from transformers.pytorch_utils import Conv1D
 from loraplex import base_weight
 from loraplex.config import AdapterConfig
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
+from loraplex.placement import Resident, device_of, is_offloaded, loaded
 
 _FULL_RANKS = 16
 """How many times in + out the ranks of all parts of an adapter may come to."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class Factors(nn.Module, ABC):
+class Factors(Resident, ABC):
     """What one adapter owns on one layer, and its equation. A method subclasses this once.
 
     `lora_A` (a parameter, or a property that reads a shared one) tells in which dtype the method computes. A method
@@ -177,7 +178,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype: after loading with low_cpu_mem_usage that would round
         # a float32 adapter to bfloat16 and back.
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        device = device or device_of(self.get_base_layer())
         factors = self.factors(adapter_name)
         if factors is None or device is None or any(p.is_meta for p in factors.parameters()):
             return
@@ -208,6 +209,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if self.merged_adapters:
             return result
         dtype = result.dtype
+        # Where accelerate hooks the base layer alone, x may come from another device.
+        x = x.to(result.device)
         for adapter_name in self.active_adapters:
             factors = self.factors(adapter_name)
             if factors is not None:
@@ -246,6 +249,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             raise ValueError(f"adapter_names can't be used while {self.merged_adapters} are merged: unmerge first.")
         # Cloned: bitsandbytes returns views made inside autograd functions, which can't be written to.
         result = self.base_layer(x, *args, **kwargs).clone()
+        x = x.to(result.device)
         for adapter_name in dict.fromkeys(adapter_names):
             factors = self.factors(adapter_name)
             if factors is not None:
@@ -290,9 +294,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         names = [n for n in check_adapters_to_merge(self, adapter_names) if self.factors(n) is not None]
-        if not names:
-            return
-        self.check_mergeable(names)
+        if names:
+            self.check_mergeable(names)
+            with loaded(self):
+                self._merge_loaded(names, safe_merge, keep)
+
+    def _merge_loaded(self, names: list[str], safe_merge: bool, keep: bool) -> None:
+        inner = self.get_base_layer()
+        if is_offloaded(inner) and self.quantization_backend is None:
+            # What was loaded may be the memory of an embedding that it is tied to, or of the user's own state dict.
+            inner.weight.data = inner.weight.data.clone()  # type: ignore[operator]
         if self._unmerged is None and not keep:
             self.merge_error = self._add(names, safe_merge)
             self.merged_adapters = names
@@ -382,10 +393,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put back the exact weight that `merge` found."""
         if self._unmerged is not None:
-            base_weight.put_back(self, self._unmerged)
+            with loaded(self):
+                base_weight.put_back(self, self._unmerged)
             self._unmerged, self.merged_adapters = None, []
         if self._tied_weight is not None:
-            self.get_base_layer().weight = self._tied_weight
+            if not is_offloaded(self.get_base_layer()):
+                self.get_base_layer().weight = self._tied_weight
             self._tied_weight = None
 
     def __repr__(self) -> str:

@@ -36,6 +36,7 @@ from loraplex.load_checks import (
     weights_of,
 )
 from loraplex.packing import guard, release
+from loraplex.placement import refuse_loaded_with_parent
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
 from loraplex.updates import ROOT
 
@@ -125,6 +126,12 @@ class AdapterModel(BaseTuner):
             active = adapter_name in self.active_adapters and not config.inference_mode
             bank.shared(adapter_name).requires_grad_(active)  # type: ignore[union-attr]
             bank._active_adapter = self.active_adapters
+
+    def train(self, mode: bool = True) -> AdapterModel:
+        """Switch modes."""
+        if mode:
+            refuse_loaded_with_parent(self)
+        return super().train(mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies the child's weight and bias, which a head of several modules does not have; layers of

@@ -42,8 +42,16 @@ def part(tensor: Tensor) -> Tensor:
     """This rank's part, sharing the memory: of its own shape (FSDP2) or flat and padded (ZeRO-3)."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
+    if not _is_zero3(tensor):
+        return tensor.detach()
     # Out of its layer's forward and backward, ZeRO-3 leaves nothing in the parameter itself.
-    return tensor.ds_tensor.detach() if _is_zero3(tensor) else tensor.detach()  # type: ignore[attr-defined]
+    shard: Any = tensor.ds_tensor  # type: ignore[attr-defined]
+    if shard.final_location == "nvme":
+        raise ValueError(
+            "DeepSpeed keeps the adapter's parameters on the disk (offload_param to nvme), where schedules and saving "
+            'can\'t read them: set offload_param.device to "cpu".'
+        )
+    return shard.detach()
 
 
 def whole(parts: Tensor, like: Tensor) -> Tensor:
@@ -54,8 +62,12 @@ def whole(parts: Tensor, like: Tensor) -> Tensor:
     if not _is_zero3(like):
         return parts
     zero: Any = like
+    from deepspeed.accelerator import get_accelerator
+
+    # With offload_param the parts are on the CPU, and NCCL sends what is on a GPU only.
+    parts = parts.to(get_accelerator().current_device_name()).contiguous()
     gathered = parts.new_empty(dist.get_world_size(zero.ds_process_group) * parts.numel())
-    dist.all_gather_into_tensor(gathered, parts.contiguous(), group=zero.ds_process_group)
+    dist.all_gather_into_tensor(gathered, parts, group=zero.ds_process_group)
     return gathered[: zero.ds_numel].view(zero.ds_shape)
 
 

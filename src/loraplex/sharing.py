@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors
 from loraplex.parallel import announce_reads, is_sharded, part, replicated
+from loraplex.placement import Resident, device_of
 
 BANK = "loraplex_bank"
 
@@ -35,7 +36,7 @@ class Member:
     factors: Factors
 
 
-class SharedFactors(nn.Module):
+class SharedFactors(Resident):
     """What the layers of one adapter share: parameters, and the state of its schedule. A method subclasses this once.
 
     Parameters and buffers are flat, `<family>__<factor>`: PEFT finds the adapter's name in a key just before the
@@ -66,6 +67,7 @@ class SharedFactors(nn.Module):
     def train(self, mode: bool = True) -> SharedFactors:
         """Switch modes; when training begins, tell ZeRO-3 which layers read parameters of ours."""
         super().train(mode)
+        self._move_places()
         first = next(self.parameters(), None)
         if mode and first is not None and is_sharded(first) and not self._announced:
             self._announced = True
@@ -75,12 +77,15 @@ class SharedFactors(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> SharedFactors:
         super()._apply(*args, **kwargs)
+        self._move_places()
+        return self
+
+    def _move_places(self) -> None:
         # Compiled layers select by `place` (see `select`): on their device, so that no forward waits for a copy.
         like = next(chain(self.parameters(), self.buffers()), None)
         for factors in self.member_factors():
             if like is not None and not like.is_meta:
                 factors.__dict__["place"] = factors.__dict__["place"].to(like.device)
-        return self
 
     def stale_parameters(self) -> list[str]:
         """Names of parameters that no layer reads any more; they are not saved."""
@@ -194,8 +199,7 @@ class FactorBank(nn.Module, BaseTunerLayer):
         shared = self.shared(adapter_name)
         if shared is None or any(t.is_meta for t in (*shared.parameters(), *shared.buffers())):
             return
-        layer = first_layer(shared)
-        device = device or layer._get_base_layer_device_and_dtype(layer.get_base_layer())[0]
+        device = device or device_of(first_layer(shared).get_base_layer())
         if device is not None and device.type != "meta":
             shared.to(device=device)
 
@@ -318,7 +322,11 @@ def select(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
     torch.compile specialises a graph on the integers and names that it reads, and compiles anew for others, at most
     eight times. The gradient of those that are not selected is zero.
     """
-    return torch.stack(list(tensors)).index_select(0, index.to(tensors[0].device)).squeeze(0)
+    return (
+        torch.stack([tensor.to(tensors[0].device) for tensor in tensors])
+        .index_select(0, index.to(tensors[0].device))
+        .squeeze(0)
+    )
 
 
 def read(shared: SharedFactors, name: str, like: Tensor | Any) -> Tensor:

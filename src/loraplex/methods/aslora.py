@@ -201,6 +201,10 @@ class AsLoraShared(Scheduled):
         averages = {layer: whole(average, self.B(family, layer)) for layer, average in averages.items()}
         A = getattr(self, f"{family}__lora_A")
         A = whole(part(A), A) if self.config.merge_distance == "update" else None
+        # A device map may give parameters of the bank to several devices.
+        device = next(iter(averages.values())).device
+        averages = {layer: average.to(device) for layer, average in averages.items()}
+        A = None if A is None else A.to(device)
         try:
             return closest_pair(averages, self.config.merge_candidates, A)
         except FloatingPointError as error:
@@ -316,7 +320,7 @@ class AsLoraShared(Scheduled):
             mapped = [last[B] for B in readers]
             merges = getattr(self, f"{family}__merges")
             merges[0] = torch.tensor(mapped)
-            steps = [getattr(other, f"{family}__merges")[1] for other in others]
+            steps = [getattr(other, f"{family}__merges")[1].to(merges.device) for other in others]
             merges[1] = torch.stack(steps).amax(0) * (merges[0] != torch.arange(len(mapped), device=merges.device))
             self.maps[family] = mapped
 

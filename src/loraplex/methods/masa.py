@@ -98,6 +98,11 @@ class MasaFactors(Factors):
             return select(self.shared.all_A(self.family), self.place // self.group_size).to(self.lora_B.device)
         return read(self.shared, self.experts_name, self.lora_B)
 
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        # lora_A has the same, but may have to be copied from another device.
+        return self.lora_B.dtype
+
     def experts(self) -> Tensor:
         """The group's experts as `(n, r, in)`."""
         return self.lora_A.view(self.num_experts, self.r, self.in_features)
@@ -142,8 +147,8 @@ class MasaFactors(Factors):
 
     @torch.no_grad()
     def hold(self, A: Tensor, B: Tensor) -> None:
-        # Each layer of the group writes the same experts.
-        self.lora_A.copy_(A)
+        # Each layer of the group writes the same experts: the stored ones, of which lora_A may be a copy.
+        self.shared.get_parameter(self.experts_name).copy_(A)
         self.lora_B.copy_(B)
 
     def check_mergeable(self) -> None:
