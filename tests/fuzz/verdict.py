@@ -41,7 +41,7 @@ class Result:
     @property
     def signature(self) -> str:
         """Equal for findings that are probably one mistake."""
-        first = re.sub(r"=.*|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", self.problems[0])[:80] if self.problems else ""
+        first = re.sub(r"=.*|0x[0-9a-f]+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", self.problems[0])[:80] if self.problems else ""
         return f"{self.kind}|{self.path}|{self.where}|{first}"
 
 
