@@ -12,6 +12,7 @@ import loraplex
 LENGTH = 3000
 """Characters that a message may have."""
 SOURCE = os.path.dirname(loraplex.__file__)
+_VARYING = re.compile(r"=.*|0x[0-9a-f]+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+")
 _RAW = ("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeError", "JSONDecodeError", "ValidationError")
 
 
@@ -41,7 +42,7 @@ class Result:
     @property
     def signature(self) -> str:
         """Equal for findings that are probably one mistake."""
-        first = re.sub(r"=.*|0x[0-9a-f]+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", self.problems[0])[:80] if self.problems else ""
+        first = _VARYING.sub("#", self.problems[0])[:80] if self.problems else ""
         return f"{self.kind}|{self.path}|{self.where}|{first}"
 
 
