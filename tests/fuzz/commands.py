@@ -142,7 +142,7 @@ def _run_file(
     draw: Draw, room: Room, folder: adapters.Folder, beside: dict[str, bytes], more: dict[str, bytes]
 ) -> None:
     method = "multilora" if folder.name == "classifier" else folder.name.partition("-")[0]
-    tree: Any = run_tree(room, method=method)
+    tree: Any = run_tree(method=method)
     labels: bytes = json.dumps(LABELS).encode()
     if folder.name == "classifier":
         tree["task"] = "classification"
@@ -155,7 +155,8 @@ def _run_file(
         more |= {f"base/{name}": content for name, content in base_files(draw, room, None).items()}
     elif action == "labels":
         labels = draw.choice(_LABELS)
-    beside["run.yaml"] = document(draw, tree) if action == "hostile" else yaml.safe_dump(tree).encode()
+    content = document(draw, tree) if action == "hostile" else yaml.safe_dump(tree).encode()
+    beside["run.yaml"] = room.placed(content)
     if draw.chance(0.8):
         beside["labels.json"] = labels
 
@@ -273,12 +274,12 @@ def _budget(draw: Draw, room: Room, place: Path) -> list[str]:
 
 
 def _train(draw: Draw, room: Room, place: Path) -> list[str]:
-    (place / "run.yaml").write_bytes(document(draw, run_tree(room)))
+    (place / "run.yaml").write_bytes(room.placed(document(draw, run_tree())))
     return ["train", "run.yaml", "--dry-run"]
 
 
 def _compare(draw: Draw, room: Room, place: Path) -> list[str]:
-    (place / "study.yaml").write_bytes(document(draw, study_tree(room)))
+    (place / "study.yaml").write_bytes(room.placed(document(draw, study_tree())))
     return ["compare", "study.yaml", "--dry-run"]
 
 
