@@ -327,6 +327,8 @@ def _check_written(result: Result, room: Room, place: Path, arguments: list[str]
     if not expected.finite:
         result.bad("writes NaN or Inf without being asked to")
         return
+    if not expected.moderate:
+        return
     base = {name: raw_.tensor().double() for name, raw_ in raw.read(room.base_folder / "model.safetensors").items()}
     tolerance = 0.02 if "bfloat16" in arguments or "float16" in arguments else 1e-4
     for name, update in expected.updates.items():

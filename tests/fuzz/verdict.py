@@ -65,8 +65,9 @@ def place_of(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether code of this package ran when the error came up."""
-    return any(f.startswith(SOURCE) for f, _, _ in frames_of(error))
+    """Whether code of this package ran when the error came up, beside what stands around PEFT's entry points."""
+    ours = {os.path.basename(f) for f, _, _ in frames_of(error) if f.startswith(SOURCE)}
+    return bool(ours - {"entry_points.py", "attempt.py"})
 
 
 def fault_of(error: BaseException) -> str | None:
