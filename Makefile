@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 STUDY ?= configs/studies/quick.yaml
+CASES ?= 20000
+SEED ?= 1
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart study test lint clean
+.PHONY: quickstart study test lint fuzz clean
 
 quickstart: $(VENV)/quickstart.done  ## fine-tune a real language model, compare with LoRA (≤ 10 minutes on two cores)
 	$(VENV)/bin/python examples/quickstart.py
@@ -22,6 +24,9 @@ lint: $(VENV)/test.done  ## format and check the code
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/mypy
+
+fuzz: $(VENV)/test.done  ## hostile adapters, settings, YAML, data and commands: CASES of seed SEED
+	$(VENV)/bin/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --out $(VENV)/fuzz
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

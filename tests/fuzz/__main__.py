@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 _ROOM = tempfile.mkdtemp(prefix="loraplex-fuzz-")
@@ -20,6 +20,8 @@ os.environ.update(
 for _name in ("home", "cache", "mpl", "tmp"):
     Path(_ROOM, _name).mkdir()
 tempfile.tempdir = None
+_SAVED = 500
+"""Cases between two notes of how far a campaign has come."""
 
 
 def main() -> int:
@@ -44,25 +46,24 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    out = None if args.out is None else args.out.absolute()
     room = furnish(Path(_ROOM))
     if args.case is not None:
         return _one(args.case, room)
     kinds = set(args.kinds.split(",")) if args.kinds else set(KINDS)
     indices = (index for index in range(args.first, sys.maxsize) if kind_of(index) in kinds)
     chosen = [index for _, index in zip(range(args.cases), indices, strict=False)]
-    campaign, start = Campaign(args.seed, room, out), time.monotonic()
-    campaign.run(chosen, args.jobs)
-    seconds = time.monotonic() - start
-    print(f"\nseed {args.seed}: {campaign.done} cases in {seconds:.0f} s ({campaign.cpu:.0f} s of CPU)")
-    for name, count in sorted(campaign.outcomes.items()):
-        print(f"  {count:7d}  {name}")
-    print(f"{len(campaign.findings)} different findings", flush=True)
+    campaign = Campaign(args.seed, room, None if args.out is None else args.out.absolute())
+    campaign.resume()
+    for start in range(campaign.done, len(chosen), _SAVED):
+        campaign.run(chosen[start : start + _SAVED], args.jobs)
+        campaign.save()
+    print(f"\n{campaign.summary()}", flush=True)
     missed = []
     if args.self_check:
         print("\nbroken versions of the package, and what finds them:")
         missed = missed_mutants(campaign, chosen)
         print(f"{len(missed)} of them not found")
+    shutil.rmtree(_ROOM, ignore_errors=True)
     return 1 if campaign.findings or missed else 0
 
 

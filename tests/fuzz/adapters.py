@@ -38,6 +38,7 @@ EVIL = 'open("ran-code", "w").close()\nclass Config: pass\nclass Model: pass\nra
 class Folder:
     """An adapter on its way to the disk."""
 
+    room: Room
     name: str
     config: Any
     tensors: Tensors
@@ -54,10 +55,8 @@ class Folder:
         """Put everything into the folder `place`."""
         place.mkdir(parents=True)
         if "adapter_config.json" not in self.without:
-            content = self.config_bytes
-            place.joinpath("adapter_config.json").write_bytes(
-                json.dumps(self.config).encode() if content is None else content
-            )
+            settings = json.dumps(self.config).encode() if self.config_bytes is None else self.config_bytes
+            (place / "adapter_config.json").write_bytes(self.room.placed(settings))
         if "adapter_model.safetensors" not in self.without:
             weights = place / "adapter_model.safetensors"
             if self.weights_bytes is None:
@@ -72,7 +71,7 @@ class Folder:
 
 def good(room: Room, name: str) -> Folder:
     """An adapter as it was saved."""
-    return Folder(name, json.loads(json.dumps(room.configs[name])), dict(room.tensors[name]))
+    return Folder(room, name, json.loads(json.dumps(room.configs[name])), dict(room.tensors[name]))
 
 
 def hostile(draw: Draw, room: Room, names: tuple[str, ...] = OURS) -> Folder:

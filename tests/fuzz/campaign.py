@@ -58,6 +58,9 @@ def run_case(seed: int, index: int, room: Room, place: Path, watch: Watch) -> Re
     return result
 
 
+_STATE = ("outcomes", "findings", "done", "cpu", "seconds")
+
+
 @dataclass
 class Campaign:
     """Cases of one seed, and what they found."""
@@ -69,15 +72,16 @@ class Campaign:
     prepare: Callable[[], Any] | None = None
     """Called once in each worker: a mutant of the package for the self-check."""
     outcomes: Counter[str] = field(default_factory=Counter)
-    findings: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
-    """Signature → index of the first case, and its result."""
-    counts: Counter[str] = field(default_factory=Counter)
+    findings: dict[str, int] = field(default_factory=dict)
+    """Signature → index of the first case."""
     done: int = 0
     cpu: float = 0.0
+    seconds: float = 0.0
+    """By the clock."""
 
     def run(self, indices: Iterable[int], jobs: int = 1, enough: Callable[[], bool] = lambda: False) -> None:
         """Run these cases, until there is `enough`."""
-        pending = iter(indices)
+        pending, start = iter(indices), time.monotonic()
         workers = [_Worker(self) for _ in range(jobs)]
         try:
             busy = [worker for worker in workers if worker.give(pending)]
@@ -95,6 +99,32 @@ class Campaign:
         finally:
             for worker in workers:
                 worker.close()
+            self.seconds += time.monotonic() - start
+
+    def save(self) -> None:
+        """Note how far the campaign has come, so that `resume` can go on."""
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            state = {name: getattr(self, name) for name in _STATE}
+            self._progress.write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+    def resume(self) -> None:
+        """Go on where an earlier process with the same `out` and seed stopped."""
+        if self.out is not None and self._progress.is_file():
+            state = json.loads(self._progress.read_text(encoding="utf-8"))
+            for name in _STATE:
+                setattr(self, name, state[name])
+            self.outcomes = Counter(self.outcomes)
+
+    @property
+    def _progress(self) -> Path:
+        return (self.out or Path()) / f"progress-{self.seed}.json"
+
+    def summary(self) -> str:
+        """Counts, for people."""
+        lines = [f"seed {self.seed}: {self.done} cases in {self.seconds:.0f} s ({self.cpu:.0f} s of CPU)"]
+        lines += [f"  {count:7d}  {name}" for name, count in sorted(self.outcomes.items())]
+        return "\n".join([*lines, f"{len(self.findings)} different findings"])
 
     def _take(self, index: int, found: dict[str, Any]) -> None:
         self.done += 1
@@ -102,9 +132,8 @@ class Campaign:
         self.outcomes[f"{found['kind']}: {found['outcome']}"] += 1
         if found["problems"]:
             self.outcomes["findings"] += 1
-            self.counts[found["signature"]] += 1
             if found["signature"] not in self.findings:
-                self.findings[found["signature"]] = index, found
+                self.findings[found["signature"]] = index
                 self._keep(index, found)
 
     def _keep(self, index: int, found: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Draw(random.Random):
             return [self.value(depth + 1) for _ in range(self.randrange(4))]
         if kind == 8:
             return {str(self.choice(TEXTS)): self.value(depth + 1) for _ in range(self.randrange(3))}
-        return self.choice([None, [], {}, [None], {"": None}, [[]], nested(self.choice([3, 90, 500]))])
+        return self.choice([None, [], {}, [None], {"": None}, [[]], nested(self.choice([3, 90, 300]))])
 
     def another(self, value: Any) -> Any:
         """A value of the same type as `value`, near to it."""
@@ -92,8 +92,11 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
 
 def mutate_tree(draw: Draw, tree: Any, names: Sequence[str] = ()) -> Any:
     """A copy of `tree` with a value changed, removed, doubled or added; `names` are keys worth adding."""
-    tree = copy.deepcopy(tree)
-    inside = places(tree)
+    try:
+        tree = copy.deepcopy(tree)
+        inside = places(tree)
+    except RecursionError:
+        return tree  # deep enough
     if not inside or draw.chance(0.03):
         tree = draw.value()
         draw.note(f"root = {short(tree)}")

@@ -21,7 +21,7 @@ from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
 from loraplex.training import config as run_config
 from loraplex.training import examples, exporting
-from tests.fuzz import loading
+from tests.fuzz import readers
 
 
 def _while_reading(act: Callable[[str], Any]) -> Callable[[], None]:
@@ -134,7 +134,7 @@ def _describe_raises() -> None:
         except ValueError as error:
             raise KeyError(str(error)) from None
 
-    loading.describe = broken
+    readers.describe = broken
 
 
 def _unsafe_yaml() -> None:

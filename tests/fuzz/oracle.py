@@ -40,6 +40,8 @@ class Expectation:
     extras: dict[str, Tensor] = field(default_factory=dict)
     """Plain parameter name → tensor that was trained in full."""
     finite: bool = True
+    moderate: bool = True
+    """No factor is so large that float32 overflows where float64 does not."""
 
 
 def is_number(value: Any) -> bool:
@@ -148,12 +150,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The weights by their keys without the prefix; Invalid where the file does not hold together."""
     try:
         tensors = raw.read(folder / "adapter_model.safetensors")
-        plain = {key.removeprefix(ROOT): value.tensor() for key, value in tensors.items()}
+        plain = {_without_name(key.removeprefix(ROOT)): value.tensor() for key, value in tensors.items()}
     except Exception as error:
         raise Invalid(f"weights: {type(error).__name__} {error}") from error
     if len(plain) < len(tensors):
         raise Invalid("a key twice, once with the prefix")
     return plain
+
+
+def _without_name(key: str) -> str:
+    """A live model's keys name its adapter, "default" mostly; the tensor is no other."""
+    return re.sub(r"_(factors|shared)\.default\.", r"_\1.", key)
 
 
 def expect(config: Any, tensors: dict[str, Tensor], modules: Mapping[str, tuple[int, int]]) -> Expectation:
@@ -280,6 +287,7 @@ class _Reader:
             raise Invalid(f"{key} is {tensor.dtype}")
         if floats:
             self.found.finite &= bool(tensor.float().isfinite().all())
+            self.found.moderate &= bool((tensor.double().abs() < 1e15).all())
             return tensor.double()
         return tensor
 

@@ -21,6 +21,8 @@ from tests.fuzz import raw
 from tests.helpers import advance, fill
 from tests.training.runs import WORDS, tokenizer
 
+ROOM = "/room-of-the-fuzzer"
+"""Stands for the room's folder in what is mutated: a case must not depend on the length of a temporary path."""
 HIDDEN, LAYERS = 8, 3
 LABELS = ["bad", "good"]
 
@@ -71,6 +73,10 @@ class Room:
     def host(self, name: str) -> PeftModel:
         """A fresh model whose first adapter, "default", is `name`."""
         return copy.deepcopy(self.hosts[name])
+
+    def placed(self, content: bytes) -> bytes:
+        """`content` with the real folder in place of `ROOM`."""
+        return content.replace(ROOM.encode(), str(self.folder).encode())
 
     @property
     def base_folder(self) -> Path:
@@ -137,22 +143,22 @@ def _adapter(room: Room, name: str, config: Any) -> None:
     folder = room.folder / "adapters" / name
     model.save_pretrained(folder)
     room.hosts[name] = model.eval()
-    room.configs[name] = json.loads((folder / "adapter_config.json").read_text())
+    room.configs[name] = json.loads((folder / "adapter_config.json").read_text().replace(str(room.folder), ROOM))
     room.tensors[name] = raw.read(folder / "adapter_model.safetensors")
     for parameter in model.parameters():
         parameter.grad = None
 
 
-def run_tree(room: Room, **changes: Any) -> dict[str, Any]:
+def run_tree(**changes: Any) -> dict[str, Any]:
     """A small run's YAML, as plain values."""
     return {
-        "model": str(room.base_folder),
+        "model": f"{ROOM}/base",
         "method": "multilora",
         "dtype": "float32",
         "adapter": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "v_proj"]},
         "data": [
             {
-                "path": str(room.folder / "data.jsonl"), "prompt": "review : {text}", "response": "{label}",
+                "path": f"{ROOM}/data.jsonl", "prompt": "review : {text}", "response": "{label}",
                 "labels": {"good": "good", "bad": "bad"}, "eval_size": 4,
             }
         ],
@@ -162,12 +168,12 @@ def run_tree(room: Room, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def study_tree(room: Room, **changes: Any) -> dict[str, Any]:
+def study_tree(**changes: Any) -> dict[str, Any]:
     """A small study's YAML, as plain values."""
-    data = {**run_tree(room)["data"][0], "test_size": 3}
+    data = {**run_tree()["data"][0], "test_size": 3}
     return {
         "title": "study",
-        "model": str(room.base_folder),
+        "model": f"{ROOM}/base",
         "tasks": {"reviews": [data]},
         "methods": {"multilora": None, "lora": {"adapter": {"target_modules": ["q_proj"]}}},
         "reference": "lora",

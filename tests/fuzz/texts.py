@@ -62,7 +62,7 @@ def run(draw: Draw, room: Room, place: Path, watch: Watch) -> Result:
 
 def _run(draw: Draw, room: Room, place: Path) -> Callable[[], None]:
     path = place / "run.yaml"
-    path.write_bytes(document(draw, run_tree(room)))
+    path.write_bytes(room.placed(document(draw, run_tree())))
 
     def call() -> None:
         run = load_run(path)
@@ -76,7 +76,7 @@ def _run(draw: Draw, room: Room, place: Path) -> Callable[[], None]:
 
 def _study(draw: Draw, room: Room, place: Path) -> Callable[[], None]:
     path = place / "study.yaml"
-    path.write_bytes(document(draw, study_tree(room)))
+    path.write_bytes(room.placed(document(draw, study_tree())))
 
     def call() -> None:
         study = load_study(path)
@@ -111,7 +111,7 @@ def _overrides(draw: Draw, room: Room, place: Path) -> Callable[[], None]:
         arguments += [f"--{key}", text] if draw.chance(0.6) else [f"--{key}={text}"]
     draw.note(short(arguments, 200))
     path = place / "run.yaml"
-    path.write_text(yaml.safe_dump(run_tree(room)))
+    path.write_bytes(room.placed(yaml.safe_dump(run_tree()).encode()))
 
     def call() -> None:
         overrides = parse_overrides(arguments)

@@ -12,6 +12,7 @@ import loraplex
 LENGTH = 3000
 """Characters that a message may have."""
 SOURCE = os.path.dirname(loraplex.__file__)
+_VARYING = re.compile(r"=.*|0x[0-9a-f]+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+")
 _RAW = ("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeError", "JSONDecodeError", "ValidationError")
 
 
@@ -41,7 +42,7 @@ class Result:
     @property
     def signature(self) -> str:
         """Equal for findings that are probably one mistake."""
-        first = re.sub(r"=.*|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", self.problems[0])[:80] if self.problems else ""
+        first = _VARYING.sub("#", self.problems[0])[:80] if self.problems else ""
         return f"{self.kind}|{self.path}|{self.where}|{first}"
 
 
@@ -64,8 +65,9 @@ def place_of(error: BaseException) -> str:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether code of this package ran when the error came up."""
-    return any(f.startswith(SOURCE) for f, _, _ in frames_of(error))
+    """Whether code of this package ran when the error came up, beside what stands around PEFT's entry points."""
+    ours = {os.path.basename(f) for f, _, _ in frames_of(error) if f.startswith(SOURCE)}
+    return bool(ours - {"entry_points.py", "attempt.py"})
 
 
 def fault_of(error: BaseException) -> str | None:
