@@ -84,6 +84,8 @@ def merge_due(t: int, start: int, interval: int) -> bool:
 def check_merges(name: str, merges: Tensor) -> None:
     """Check a saved record of merges `(2, layers)`: m(l), and the step at which layer l gave up its own B.
 
+    The top layer never gives up its B; in its place stands the number of steps that were averaged.
+
     Raises:
         ValueError: merging can't have led there.
     """
@@ -91,7 +93,8 @@ def check_merges(name: str, merges: Tensor) -> None:
     for layer, (owner, step) in enumerate(zip(mapped, steps, strict=True)):
         # A lower layer goes over to an upper one, and all its readers with it.
         possible = layer <= owner < len(mapped) and mapped[owner] == owner
-        if not possible or step < 0 or (step > 0) != (owner != layer):
+        is_top = layer == len(mapped) - 1
+        if not possible or step < 0 or (not is_top and (step > 0) != (owner != layer)):
             raise ValueError(
                 f"{name} says that layer {layer} reads the B of layer {owner} since step {step}, which no merge of "
                 f"{len(mapped)} layers leads to: the file is broken; copy or download the adapter again."
