@@ -558,13 +558,17 @@ def no_merges(method: str) -> dict[str, Any]:
 @every_method
 def test_conv1d_equals_linear(method: str) -> None:
     """GPT-2's Conv1D stores (in, out); an adapter on it gives what it gives on the same nn.Linear."""
-    model = adapted(method, "gpt2")
-    for layer in h.layers_of(model).values():
-        x = torch.randn(2, 3, layer.in_features)
+    model = adapted(method, "gpt2", torch.float64)
+    updates = h.naive_updates(model) if method in MERGEABLE else {}
+    for name, layer in h.layers_of(model).items():
+        x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
         with torch.no_grad():
             update = layer.factors("default")(x)
             base = x @ layer.base_layer.weight + layer.base_layer.bias
             torch.testing.assert_close(layer(x), base + update)
+            if updates:
+                torch.testing.assert_close(update, x @ updates[name.removeprefix(h.ROOT)].T)
+            assert update.abs().max() > 0.1
     assert (layer.in_features, layer.out_features) == (h.HIDDEN, 3 * h.HIDDEN)
 
 

@@ -53,7 +53,9 @@ def test_spectra_are_those_of_the_dense_updates(method, monkeypatch):
 def test_a_router_without_mean_gates():
     """Its updates depend on the input: the spectrum is that of equal gates, and says so."""
     model = adapted("masa-router")
-    for s in analyse(model).spectra:
+    spectra = analyse(model).spectra
+    assert len(spectra) == len(layers_of(model)) > 0
+    for s in spectra:
         factors = layers_of(model)["base_model.model." + s.module].factors("default")
         delta = factors.scaling * factors.lora_B @ factors.experts().mean(0)
         assert s.values[0] == pytest.approx(torch.linalg.matrix_norm(delta, 2).item(), rel=1e-5)
@@ -90,7 +92,9 @@ def test_similarity_of_experts():
 
 def test_scaling_factors():
     model = adapted("multilora")
-    for name, sizes in analyse(model).scaling.items():
+    scaling = analyse(model).scaling
+    assert len(scaling) == len(layers_of(model)) > 0
+    for name, sizes in scaling.items():
         c = layers_of(model)["base_model.model." + name].factors("default").lora_scaling
         assert sizes == pytest.approx(c.abs().mean(1).tolist())
 
