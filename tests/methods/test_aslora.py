@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import TrainerState
 
+import helpers as h
 import loraplex
 from loraplex import AsLoraConfig, ScheduleCallback
 from loraplex.methods.aslora import distance
@@ -678,3 +679,19 @@ def test_a_new_optimizer_takes_over_from_one_that_is_still_alive():
         means = [average(model, optimizer, index).item() for index in range(3)]
         assert means == pytest.approx([0, 2, 9], abs=1e-6)
         assert history(model) == []
+
+
+def test_memory_that_is_yet_to_be_filled_is_no_map() -> None:
+    """`to_empty` leaves whatever was there; reading it would break every later optimizer step in the process."""
+    model = h.adapted("aslora")
+    shared = h.shared_state(model)
+    maps = {family: list(mapped) for family, mapped in shared.maps.items()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.to("meta").to_empty(device="cpu")
+    for buffer in shared.buffers():
+        buffer.fill_(1 << 40)
+    model.train().eval()
+    assert shared.maps == maps
+    assert len(list(shared.trained())) == sum(len(set(mapped)) for mapped in maps.values())
+    model.load_state_dict(state)
+    assert shared.maps == maps

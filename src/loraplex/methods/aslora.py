@@ -381,7 +381,10 @@ class AsLoraShared(Scheduled):
     def _read_map(self, family: str) -> None:
         merges: Tensor = getattr(self, f"{family}__merges")
         if not merges.is_meta:
-            self.maps[family], (*_, steps) = merges.tolist()
+            mapped, (*_, steps) = merges.tolist()
+            if any(owner not in range(len(mapped)) for owner in mapped):
+                return  # memory that to_empty has made, and that is filled later
+            self.maps[family] = mapped
             if steps != self.steps[family]:
                 self.steps[family] = steps
                 self._averages.pop(family, None)
