@@ -219,7 +219,8 @@ class Loop:
         for step in range(self.done + 1, until + 1):
             for micro in data[(step - 1) * self.accumulate : step * self.accumulate]:
                 loss = loss_of(self.model, micro)
-                (loss / self.accumulate).backward()
+                with loraplex.loss_scale(1.0):  # which Dual LoRA asks for in float16
+                    (loss / self.accumulate).backward()
                 self.losses.append(loss.item())
             nn.utils.clip_grad_norm_(trainable(self.model), 1.0)
             self.optimizer.step()

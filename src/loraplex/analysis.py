@@ -19,6 +19,7 @@ from loraplex.methods.dual_lora import DualLoraFactors
 from loraplex.methods.masa import MasaFactors
 from loraplex.methods.multilora import MultiLoraFactors
 from loraplex.plain import read_lora
+from loraplex.products import product
 from loraplex.sharing import layer_depth, role
 from loraplex.updates import PlainLora, Update, adapted
 
@@ -167,9 +168,9 @@ def _gates(factors: DualLoraFactors) -> tuple[float, float]:
     A, B, C, D = map(wide, (factors.lora_A, factors.lora_B, factors.lora_C, factors.lora_D))
     opened = negative = 0
     for rows in row_tiles(factors.out_features, factors.in_features):
-        is_open = B[rows] @ A > 0
+        is_open = product(B[rows], A) > 0
         opened += int(is_open.sum())
-        negative += int((is_open & ~(D[rows] @ C > 0)).sum())
+        negative += int((is_open & ~(product(D[rows], C) > 0)).sum())
     return 1 - opened / (factors.out_features * factors.in_features), negative / opened if opened else 0.0
 
 

@@ -17,6 +17,7 @@ from loraplex import base_weight
 from loraplex.config import AdapterConfig
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 from loraplex.placement import Resident, device_of, is_offloaded, loaded
+from loraplex.products import add_product_, product
 
 _FULL_RANKS = 16
 """How many times in + out the ranks of all parts of an adapter may come to."""
@@ -77,14 +78,14 @@ class Factors(Resident, ABC):
         assert form is not None, "a method writes lora_form or delta_weight"
         A, B = form
         with torch.autocast(A.device.type, enabled=False):
-            return B[rows] @ A
+            return product(B[rows], A)
 
     def by_rows(self) -> Callable[[slice], Tensor]:
         """`delta_weight` without a gradient, for many calls: what all rows need is made once."""
         if (form := self.lora_form()) is None:
             return self.delta_weight
         A, B = (factor.detach() for factor in form)
-        return lambda rows: B[rows] @ A
+        return lambda rows: product(B[rows], A)
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -345,7 +346,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         exact = view.dtype.itemsize >= 4 and self.quantization_backend is None
         if exact and all(form is not None for form in forms):
             for A, B in filter(None, forms):
-                view.addmm_(B.to(view), A.to(view))
+                add_product_(view, B.to(view), A.to(view))
             return 0.0, 0.0
         lost = total = torch.zeros((), dtype=torch.float64, device=view.device)
         of_rows = [factors.by_rows() for factors in adapters]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraplex.products import product
+
 _OVERSAMPLING = 16
 _POWER_STEPS = 4
 _TILE_ELEMENTS = 1 << 23
@@ -91,12 +93,12 @@ def randomized_svd(tile: Callable[[slice], Tensor], out_features: int, in_featur
         projected = torch.zeros_like(Q_in)
         for rows in tiles:
             M = tile(rows)
-            Q_out[rows] = M @ Q_in
+            Q_out[rows] = product(M, Q_in)
             if step == 0:
                 square += M.double().square().sum().item()
         Q_out = torch.linalg.qr(Q_out).Q
         for rows in tiles:
-            projected += tile(rows).T @ Q_out[rows]
+            projected += product(tile(rows).T, Q_out[rows])
         if step < _POWER_STEPS:
             Q_in = torch.linalg.qr(projected).Q
     U, S, Vh = torch.linalg.svd(projected.T.double(), full_matrices=False)

@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex.base_weight import tiles
+
 # Devices whose products have a setting, and by which of torch's backends it is kept.
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn", "xpu": "mkldnn"}
+
+# Before it there was one setting for all, beside allow_tf32.
+_ONE_SETTING = torch.__version__ < "2.9"  # compared as versions
 
 
 def product(B: Tensor, A: Tensor) -> Tensor:
@@ -29,7 +34,8 @@ def product(B: Tensor, A: Tensor) -> Tensor:
 def add_product_(total: Tensor, B: Tensor, A: Tensor) -> None:
     """total ← total + B A, for float32 or float64."""
     if is_reduced(B):
-        total += _in_float64(B, A)
+        for rows in tiles(total):
+            total[rows] += _in_float64(B[rows], A)
     else:
         total.addmm_(B, A)
 
@@ -42,7 +48,7 @@ def is_reduced(matrix: Tensor) -> bool:
 
 def _precision(backend: str) -> str:
     """ "ieee" or "none" (not set) for full precision; "tf32" or "bf16"."""
-    if torch.__version__ < "2.9":  # compared as a version
+    if _ONE_SETTING:
         full = torch.get_float32_matmul_precision() == "highest"
         full = full and not (backend == "cuda" and torch.backends.cuda.matmul.allow_tf32)
         return "ieee" if full else "tf32"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors, wide
 from loraplex.lowrank import norm_of_product, row_tiles
+from loraplex.products import product
 
 ROOT = "base_model.model."
 """What PEFT puts before the names of the base model's modules."""
@@ -49,7 +50,7 @@ class PlainLora:
     def delta_weight(self, rows: slice = slice(None)) -> Tensor:
         """ΔW, or these rows of it."""
         A, B = self.lora_form()
-        return B[rows] @ A
+        return product(B[rows], A)
 
     def check_mergeable(self) -> None:
         """Raise a ValueError where more than B A is added."""
@@ -111,7 +112,7 @@ def difference(factors: Update, A: Tensor, B: Tensor) -> tuple[float, float]:
         squares = torch.zeros(2, dtype=torch.float64)
         for rows in row_tiles(factors.out_features, factors.in_features):
             delta = factors.delta_weight(rows)
-            rest = delta - B[rows].to(delta) @ A.to(delta)
+            rest = delta - product(B[rows].to(delta), A.to(delta))
             squares += torch.stack([delta.double().square().sum(), rest.double().square().sum()]).cpu()
         norm, error = squares.sqrt().tolist()
     return norm, error / norm if norm else error

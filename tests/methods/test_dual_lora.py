@@ -1,5 +1,6 @@
 """Dual LoRA: ΔW = α/√(r₁r₂) · ReLU(B A) ⊙ Sign(D C), Sign(0) = −1, straight-through gradient clipped to [−1, 1]."""
 
+import logging
 import math
 
 import pytest
@@ -294,6 +295,22 @@ def test_a_run_shorter_than_the_warmup_is_refused():
     with pytest.raises(ValueError, match=r"warmup_steps=4.*step 4.*only 3"):
         loraplex.set_total_steps(make(), 3)
     loraplex.set_total_steps(make(), 4)
+
+
+def test_saving_in_the_middle_of_the_warmup_says_so(caplog, tmp_path):
+    """A run that is shorter than the warm-up, and nothing else to tell."""
+    model = make()
+    with caplog.at_level(logging.WARNING, logger="loraplex"):
+        model.save_pretrained(tmp_path)
+        assert not caplog.records  # nothing was trained
+        train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3), 3)
+        model.save_pretrained(tmp_path)
+        assert "'default' is saved at step 3 of 4 of its warm-up (warmup_steps=4)" in caplog.text
+        assert "75 % of its strength" in caplog.text
+        caplog.clear()
+        train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3), 1)
+        model.save_pretrained(tmp_path)
+    assert not caplog.records
 
 
 def hidden_optimizer(model):

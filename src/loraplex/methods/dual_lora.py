@@ -99,6 +99,20 @@ class DualLoraShared(Scheduled):
     def check_buffer(self, name: str, value: Tensor) -> None:
         check_warmup(value)
 
+    def before_save(self, adapter_name: str) -> None:
+        # A run that is shorter than its warm-up ends here, and nobody else would say so.
+        if self.is_trained() and self.has_advanced and not self.finished():
+            done, steps = self.warmup.tolist()
+            logger.warning(
+                "Adapter %r is saved at step %d of %d of its warm-up (%s): its update is at %.0f %% of its strength, "
+                "wherever it is loaded. Train longer, or with warmup_steps=0.1 for a tenth of the run.",
+                adapter_name,
+                done,
+                steps,
+                self.describe(),
+                100 * done / max(1, steps),
+            )
+
     def fraction(self, like: Tensor) -> Tensor:
         """The warm-up factor, a number between 0 and 1, on the device and in the dtype of `like`."""
         done, steps = read(self, "warmup", like)

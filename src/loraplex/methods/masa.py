@@ -143,7 +143,8 @@ class MasaFactors(Factors):
         if self.mixing == "concat":
             return A, B
         gate = torch.ones(self.num_experts) if self.mixing == "sum" else self.mean_gate
-        return torch.einsum("n,nri->ri", gate.to(A), A.view(self.num_experts, self.r, -1)), B  # type: ignore[union-attr]
+        # A sum, not an einsum: that would be a product, which some settings round to TF32.
+        return (gate.to(A).view(-1, 1, 1) * A.view(self.num_experts, self.r, -1)).sum(0), B  # type: ignore[union-attr]
 
     @torch.no_grad()
     def hold(self, A: Tensor, B: Tensor) -> None:
