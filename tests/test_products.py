@@ -151,9 +151,7 @@ def test_compiled_code_asks_when_it_runs(monkeypatch: pytest.MonkeyPatch, form: 
 
 
 @pytest.mark.parametrize("method", MERGEABLE)
-def test_merging_and_exporting_are_exact_in_every_setting(
-    rounded: Rounded, method: str, tmp_path: Any
-) -> None:
+def test_merging_and_exporting_are_exact_in_every_setting(rounded: Rounded, method: str, tmp_path: Any) -> None:
     model = adapted(method)
     exact = h.naive_updates(model)
     layers = {name.removeprefix(h.ROOT): layer for name, layer in h.layers_of(model).items()}
