@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import shlex
 import sys
@@ -336,7 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(args: argparse.Namespace, error: Exception, message: str) -> int:
     if args.debug:
         raise error
-    print(f"error: {message}", file=sys.stderr)
+    from loraplex.reading import message_of
+
+    print(f"error: {message_of(message)}", file=sys.stderr)
     return 2
 
 
@@ -405,6 +406,9 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
             raise ValueError("--harness brings its own data: leave --data and --test out.")
         given = parse_overrides(overrides)
         run = run_of(args.adapter, args.run, [], given, data_option=None, allow_code=args.allow_code)
+        for option, value, least in (("--limit", args.limit, 1), ("--fewshot", args.fewshot, 0)):
+            if value is not None and not least <= value < 2**31:
+                raise ValueError(f"{option} {value}: give at least {least}.")
         harness = Harness(args.harness.split(","), args.harness_path, args.limit, args.fewshot, args.chat)
         report = evaluate_by_harness(args.adapter, run, harness, args.base)
     if args.json:
@@ -589,7 +593,9 @@ def _compare(exported: Path, source: Path, typed: list[tuple[str, Any]], allow_c
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    from loraplex.reading import json_text
+
+    print(json_text(value))
 
 
 def quiet(data: bool = True) -> None:

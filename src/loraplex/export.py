@@ -19,6 +19,7 @@ from loraplex.files import check_target, replaced_folder, write_tensors
 from loraplex.lowrank import randomized_svd, svd_of_product
 from loraplex.model import tied_layers
 from loraplex.plain import partners, plain_config
+from loraplex.reading import yaml_text
 from loraplex.updates import ROOT, Update, adapted, difference
 
 
@@ -279,7 +280,7 @@ def _card(export: LoraExport, config: AdapterConfig | LoraConfig) -> str:
     how = "exactly" if export.exact else f"with a relative error of {export.error:.3g}"
     notes = "".join(f"- {note}\n" for note in export.notes)
     return (
-        f"---\nlibrary_name: peft\nbase_model: {config.base_model_name_or_path}\ntags:\n- lora\n---\n\n"
+        f"---\nlibrary_name: peft\nbase_model: {yaml_text(config.base_model_name_or_path)}\ntags:\n- lora\n---\n\n"
         f"# {config.title if isinstance(config, AdapterConfig) else 'LoRA'}, as plain LoRA\n\n"
         f"Exported {how} by loraplex: rank {export.rank}, scaling inside B. It needs no loraplex to load.\n\n{notes}"
     )

@@ -18,7 +18,8 @@ _show.maxstring = _show.maxother = 200
 
 def shown(value: object) -> str:
     """`repr(value)`, of large values only the beginning."""
-    return _show.repr(value)
+    text = _show.repr(value)
+    return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def check_types(cls: Any, values: Mapping[str, Any]) -> None:

@@ -99,7 +99,10 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
         ValueError: the folder holds no plain LoRA.
     """
     check_adapter_files(os.fspath(folder))
-    config = PeftConfig.from_pretrained(os.fspath(folder))
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(folder))
+    except TypeError as error:
+        raise ValueError(f"{folder}: {error} Correct its adapter_config.json.") from None
     if not isinstance(config, LoraConfig) or config.use_dora:
         kind = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
         raise ValueError(f"{folder} is a {kind} adapter, not a plain LoRA.")
@@ -109,6 +112,8 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
         if key.endswith(".lora_A.weight") and A.ndim == 2:
             name = key.removesuffix(".lora_A.weight")
             module = name.removeprefix(ROOT)
+            if f"{name}.lora_B.weight" not in tensors:
+                raise ValueError(f"{folder} lacks {name}.lora_B.weight: copy or download the adapter again.")
             r = _setting(config.rank_pattern, module, config.r)
             alpha = _setting(config.alpha_pattern, module, config.lora_alpha)
             scaling = alpha / (r**0.5 if config.use_rslora else r)

@@ -18,7 +18,7 @@ MAX_BYTES = 64 * 2**20
 """Size of a JSON file that is read at all; the index of the largest checkpoints has a few MiB."""
 MAX_DEPTH = 100
 """Levels of lists and mappings in each other."""
-MAX_MESSAGE = 2000
+MAX_MESSAGE = 3000
 """Characters of an error message."""
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -30,6 +30,18 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 def printable(text: str) -> str:
     """`text` with every character that a terminal would obey instead of showing it written as an escape."""
     return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON for the terminal: letters of all languages as they are, what a terminal obeys as escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def yaml_text(value: object) -> str:
+    """A name as a value in YAML or a model card's head: as it is where it is a plain one, else in quotes."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./@+-]+", text) else json.dumps(text)
 
 
 def message_of(error: BaseException | str) -> str:

@@ -7,37 +7,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loraplex.training.config import ConfigError, TrainSection, explain, read_yaml, set_key
-from loraplex.training.spec import DataSpec, Kind
+from loraplex.field_types import shown
+from loraplex.reading import file_name
+from loraplex.training.config import ConfigError, TrainSection, explain, joined, read_yaml, set_key
+from loraplex.training.spec import DataSpec, Kind, PathText, Whole
 
 Metric = Literal["accuracy", "accuracy_norm", "exact_match", "f1", "loss"]
 METRICS: tuple[str, ...] = get_args(Metric)
 BASE = "base"
 """The unadapted model's name in reports."""
 
+Seed = Annotated[Whole, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
 
 class MethodEntry(BaseModel):
     """One method at its settings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     method: str = Field(
         "", description="as in a run: one of ours, lora, or another of PEFT's; default: the entry's name"
     )
     adapter: dict[str, Any] = Field(default_factory=dict, description="fields of its config")
     size: str | None = Field("r", description="the field that a budget solves for; null = leave the settings alone")
-    learning_rates: list[float] | None = Field(None, min_length=1, description="instead of the study's; as many")
+    learning_rates: list[Rate] | None = Field(None, min_length=1, description="instead of the study's; as many")
 
 
 class TaskEntry(BaseModel):
     """What one model is trained on: a data set, or a mixture of several."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     data: list[DataSpec] = Field(min_length=1, description="as in a run; every entry needs an eval and a test part")
     train: dict[str, Any] = Field(default_factory=dict, description="overrides of the study's train section")
@@ -51,23 +56,23 @@ class TaskEntry(BaseModel):
 class GeneralText(BaseModel):
     """Held-out general text, whose perplexity before and after tells what was forgotten."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    path: str = Field(min_length=1, description="file, folder, hub id or package:NAME")
+    path: PathText = Field(min_length=1, description="file, folder, hub id or package:NAME")
     split: str = Field("train", description="its split")
     subset: str | None = Field(None, description="configuration or subset of it")
     column: str = Field("text", description="the column of text")
-    size: int = Field(100, ge=1, description="how many texts, drawn at random")
+    size: Whole = Field(100, ge=1, description="how many texts, drawn at random")
 
 
 class StudyConfig(BaseModel):
     """One study."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
     title: str = Field("", description="heading of the report; default: the file's name")
-    model: str = Field(description="as in a run; likewise gguf_file, revision, trust_remote_code, dtype, task")
-    gguf_file: str | None = None
+    model: PathText = Field(description="as in a run; likewise gguf_file, revision, trust_remote_code, dtype, task")
+    gguf_file: PathText | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
@@ -82,13 +87,13 @@ class StudyConfig(BaseModel):
         default_factory=dict, description="fields that hold for every method whose config has them"
     )
     alpha_over_r: float | None = Field(None, gt=0, description="lora_alpha = this × r, also where r is solved for")
-    learning_rates: list[float] = Field(min_length=1, description="tried by every method; chosen by validation")
-    seeds: list[int] = Field(min_length=1, description="of adapters, dropout and the order of examples")
-    search_seeds: list[int] | None = Field(None, min_length=1, description="of the search; default: the first seed")
+    learning_rates: list[Rate] = Field(min_length=1, description="tried by every method; chosen by validation")
+    seeds: list[Seed] = Field(min_length=1, description="of adapters, dropout and the order of examples")
+    search_seeds: list[Seed] | None = Field(None, min_length=1, description="of the search; default: the first seed")
     train: dict[str, Any] = Field(default_factory=dict, description="as in a run, without learning_rate and seed")
     metric: Metric | None = Field(None, description="what decides; default: accuracy where answers can be right")
     general_text: GeneralText | None = Field(None, description="text to measure forgetting on")
-    output_dir: str = Field(min_length=1, description="where cells and report go")
+    output_dir: PathText = Field(min_length=1, description="where cells and report go")
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -111,8 +116,12 @@ class StudyConfig(BaseModel):
     def _agrees(self) -> StudyConfig:
         for kind, names in (("methods", self.methods), ("tasks", self.tasks)):
             for name in names:
-                if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|'):
-                    raise ValueError(f"{kind}: {name!r} can't be the name of a folder: choose another")
+                try:
+                    file_name(name, kind)
+                except ValueError:
+                    raise ValueError(f"{kind}: {shown(name)} can't be the name of a folder: choose another") from None
+                if name.startswith("."):
+                    raise ValueError(f"{kind}: {shown(name)} can't be the name of a folder: choose another")
         if BASE in self.methods:
             raise ValueError(f"methods: {BASE!r} is the unadapted model's name: choose another")
         if self.reference not in self.methods:
@@ -173,7 +182,7 @@ def load_study(path: str | Path, overrides: Iterable[tuple[str, Any]] = ()) -> S
         }  # fmt: skip
         given = {key for key, _ in overrides}
         lines = [explain(entry, str(path), given, StudyConfig, sections) for entry in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError(joined(lines)) from None
 
 
 def to_yaml(study: StudyConfig) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import html
 import io
-import re
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +21,9 @@ _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#
 _MARKERS = "osD^vP*X<>"
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
+_names_as_they_are = rc_context({"text.parse_math": False})
+"""A name may hold a $."""
+
 
 def style(number: int) -> dict[str, Any]:
     """Colour, marker and dash of the method that stands at `number`."""
@@ -31,6 +34,7 @@ def style(number: int) -> dict[str, Any]:
     }
 
 
+@_names_as_they_are
 def differences(result: TaskResult, reference: str) -> str | None:
     """Each method's difference to the reference with its interval, one panel per data set."""
     groups = [ALL, *result.data] if len(result.data) > 1 else result.data
@@ -60,6 +64,7 @@ def differences(result: TaskResult, reference: str) -> str | None:
     return _svg(figure, f"Difference to {reference} with 95 % intervals")
 
 
+@_names_as_they_are
 def quality_against_size(result: TaskResult) -> str | None:
     """The deciding metric against trainable parameters."""
     data = ALL if len(result.data) > 1 else next(iter(result.data), "")
@@ -82,6 +87,7 @@ def quality_against_size(result: TaskResult) -> str | None:
     return _svg(figure, f"{result.metric} against trainable parameters")
 
 
+@_names_as_they_are
 def loss_curves(result: TaskResult) -> str | None:
     """Training loss, mean over seeds and smoothed."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
@@ -101,6 +107,7 @@ def loss_curves(result: TaskResult) -> str | None:
     return _svg(figure, "Training loss by step")
 
 
+@_names_as_they_are
 def cumulative_spectra(result: TaskResult) -> str | None:
     """How few directions the updates live in: the earlier a curve rises, the fewer."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
@@ -124,6 +131,7 @@ def cumulative_spectra(result: TaskResult) -> str | None:
     return _svg(figure, "Cumulative share of singular values")
 
 
+@_names_as_they_are
 def rates(result: TaskResult) -> str | None:
     """What each learning rate came to on the eval parts."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
@@ -159,4 +167,4 @@ def _svg(figure: Figure, description: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    return re.sub(r"<svg ", f'<svg role="img" aria-label="{description}" ', text, count=1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loraplex.reading import printable
 from loraplex.study import plots
 from loraplex.study.choice import LOWER_IS_BETTER
 from loraplex.study.config import BASE, StudyConfig, to_yaml
@@ -168,6 +169,11 @@ def _name(method: str) -> str:
     return "base model" if method == BASE else method
 
 
+def first_line(message: str) -> str:
+    """The beginning of a message that may have several lines, or none."""
+    return message.split("\n", 1)[0]
+
+
 def groups(result: TaskResult) -> list[str]:
     """The mean first where there are several data sets, then each of them."""
     return [ALL, *result.data] if len(result.data) > 1 else result.data
@@ -214,20 +220,20 @@ _COLUMNS = (
 
 def markdown(study: StudyConfig, results: Sequence[TaskResult]) -> str:
     """The tables alone."""
-    parts = [f"# {study.title}", _setup(study)]
+    parts = [f"# {_plain(study.title)}", _plain(_setup(study))]
     for result in results:
-        parts.append(f"## {result.task}")
-        parts += [f"- {said}" for said in verdicts(result, study.reference)]
+        parts.append(f"## {_plain(result.task)}")
+        parts += [f"- {_plain(said)}" for said in verdicts(result, study.reference)]
         for data in groups(result):
-            parts += [f"### {_heading(result, data)}", _markdown(score_table(result, data, study.reference))]
+            parts += [f"### {_plain(_heading(result, data))}", _markdown(score_table(result, data, study.reference))]
         for metric in result.others:
             data = groups(result)[0]
             parts += [f"### {_beside(result, metric)}", _markdown(score_table(result, data, study.reference, metric))]
         parts += ["### Cost", _markdown(cost_table(result))]
         if (inside := inside_table(result)) is not None:
             parts += ["### What the updates look like", _markdown(inside)]
-            parts += [f"- {note}" for note in inside_notes(result)]
-        parts += [f"- failed: {cell}: {message.splitlines()[0]}" for cell, message in result.failures]
+            parts += [f"- {_plain(note)}" for note in inside_notes(result)]
+        parts += [f"- failed: {cell}: {_plain(first_line(message))}" for cell, message in result.failures]
         parts += [f"- not run yet: {cell}" for cell in result.missing]
     text = "\n\n".join(part for part in parts if part)
     return text.replace("\n\n- ", "\n- ") + "\n"
@@ -244,8 +250,17 @@ def _setup(study: StudyConfig) -> str:
 
 def _markdown(table: Table) -> str:
     head, rows = table
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)])
+    lines = [_markdown_row(head), "|" + "---|" * len(head)]
+    return "\n".join([*lines, *map(_markdown_row, rows)])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """A name or a message in Markdown: one line, and no tags."""
+    return " ".join(printable(text).split("\n")).replace("<", "&lt;")
 
 
 def _csv(results: Sequence[TaskResult]) -> str:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from loraplex.study.cells import searched
 from loraplex.study.config import StudyConfig
 from loraplex.study.report import Table as Cells
-from loraplex.study.report import cost_table, groups, inside_table, score_table, verdicts
+from loraplex.study.report import cost_table, first_line, groups, inside_table, score_table, verdicts
 from loraplex.study.results import ALL, TaskResult
 from loraplex.study.run import State
-from loraplex.training.report import make_console
+from loraplex.training.report import PlainConsole, make_console
 
 
 def print_plan(state: State) -> None:
     """Methods with their settings, and how many cells there are; to stderr, as all that is not a result."""
-    study, console = state.study, Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 160)
+    study, console = state.study, PlainConsole(stderr=True, width=None if sys.stderr.isatty() else 160)
     for task, sizes in state.sizes.items():
         head, rows = ["method", "settings", "trainable", "off budget"], []
         for method, sized in sizes.items():
@@ -55,7 +54,7 @@ def print_results(study: StudyConfig, results: Sequence[TaskResult]) -> None:
         for said in verdicts(result, study.reference):
             console.print(said)
         for cell, message in result.failures:
-            console.print(f"failed: {cell}: {message.splitlines()[0]}")
+            console.print(f"failed: {cell}: {first_line(message)}")
         if result.missing:
             console.print(f"{len(result.missing)} cells have not run yet; the report names them.")
 

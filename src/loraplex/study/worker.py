@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from loraplex.analysis import Analysis
 from loraplex.cli import quiet
 from loraplex.evaluate import log_likelihoods
+from loraplex.reading import read_json
 from loraplex.study.cells import ANALYSIS_NAME, FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
 from loraplex.study.config import GeneralText
 from loraplex.training.adapted import labels_of, load_adapted
@@ -53,7 +54,7 @@ def work(folder: Path, environment: dict[str, str], threads: int) -> None:
 
 def main(folder: Path) -> int:
     """Do what the folder's job says; returns the exit code: 0, 1 where the cell failed, 128 + signal."""
-    job = json.loads((folder / JOB_NAME).read_text(encoding="utf-8"))
+    job = read_json(folder / JOB_NAME, dict)
     run = build_run(job["run"], str(folder / JOB_NAME))
     _end_with_parent()
     quiet()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from loraplex.adapter_files import check_adapter_files, read_settings
@@ -165,8 +167,23 @@ def load_on_skeleton(adapter: Path, run: RunConfig, label_names: list[str] | Non
             for key, tensor in load_peft_weights(str(adapter), device="cpu").items()
             if ".lora_" in key
         }
-        model.load_state_dict(state, strict=False, assign=True)
+        try:
+            model.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:  # of another shape
+            raise ConfigError(f"{adapter} does not fit {run.model}: {message_of(error)}") from error
+        if missing := [name for name, p in model.named_parameters() if ".lora_" in name and p.is_meta]:
+            raise ConfigError(f"{adapter} lacks {', '.join(missing[:3])}: copy or download the adapter again.")
+    marks = ("_factors.", "_shared.", ".lora_")
+    _of_one_dtype([p for name, p in model.named_parameters() if any(mark in name for mark in marks)])
     return model
+
+
+def _of_one_dtype(factors: list[nn.Parameter]) -> None:
+    """Bring factors that a file stores in several dtypes to the widest of them, as products need one."""
+    if len({factor.dtype for factor in factors}) > 1:
+        wide = reduce(torch.promote_types, (factor.dtype for factor in factors))
+        for factor in factors:
+            factor.data = factor.data.to(wide)
 
 
 def _adapted(base: PreTrainedModel, adapter: Path, run: RunConfig, **options: Any) -> PeftModel:

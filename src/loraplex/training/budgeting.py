@@ -11,12 +11,14 @@ from peft import PeftConfig
 from torch import nn
 
 from loraplex.budget import Budget, match, plan
+from loraplex.field_types import shown
 from loraplex.training.arguments import adapter_config
 from loraplex.training.config import METHODS, ConfigError, RunConfig, nearest, parse_yaml, unknown_key
 from loraplex.training.models import DTYPES, load_skeleton
 from loraplex.training.spec import Kind
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_MOST_TOKENS = 2**40
 _SOURCE = ("revision", "trust_remote_code", "gguf_file")
 
 
@@ -72,6 +74,8 @@ def plan_methods(job: BudgetJob, overrides: Iterable[tuple[str, Any]] = ()) -> B
         ConfigError: an unknown method or field (with the nearest name), a value out of range, or one that does not
             fit the model.
     """
+    if not 1 <= job.tokens <= _MOST_TOKENS:
+        raise ConfigError(f"--tokens {shown(job.tokens)}: give a number from 1 to {_MOST_TOKENS:,}.")
     adapter, source = _sorted(overrides)
     if job.match is not None and job.params is not None:
         raise ConfigError(f"--match {job.match} and --params {job.params} exclude each other: keep one.")
@@ -119,7 +123,7 @@ def parse_parameters(text: str, base: int, option: str = "--params") -> int:
         ConfigError: it is none of these, or not positive.
     """
     found = re.fullmatch(r"(\d[\d_,]*\.?\d*|\.\d+)\s*([%kmb]?)", text.strip().lower())
-    number = float(re.sub("[_,]", "", found[1])) if found else 0.0
+    number = float(re.sub("[_,]", "", found[1])) if found and len(text) < 40 else 0.0
     if found is None or number <= 0:
         raise ConfigError(f"{option} {text}: give a number (2000000, 2M, 300k) or a share of the base model (0.5%).")
     return max(1, round(number * base / 100 if found[2] == "%" else number * _UNITS[found[2]]))
@@ -160,7 +164,7 @@ def _check_method(method: str) -> None:
     if method not in METHODS:
         near = nearest(method, METHODS)
         hint = f"did you mean {near!r}?" if near else f"choose one of {', '.join(METHODS)}."
-        raise ConfigError(f"unknown method {method!r}: {hint}")
+        raise ConfigError(f"unknown method {shown(method)}: {hint}")
 
 
 def _sorted(overrides: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:

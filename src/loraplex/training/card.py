@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraplex.reading import yaml_text
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.packages import PACKAGE_PREFIX
 
@@ -39,7 +40,7 @@ def _metadata(run: RunConfig) -> str:
     lines = ["library_name: peft", f"tags: {json.dumps(tags)}"]
     # Only a hub id means something to a reader of the metadata.
     if ":" not in run.model and not Path(run.model).exists():
-        lines.insert(0, f"base_model: {run.model}")
+        lines.insert(0, f"base_model: {yaml_text(run.model)}")
     return "\n".join(["---", *lines, "---"])
 
 
@@ -72,7 +73,15 @@ def _base(run: RunConfig, result: Result) -> tuple[str, str]:
         names = json.loads((result.output_dir / LABELS_NAME).read_text(encoding="utf-8"))
         labels = f", num_labels={len(names)}"
     if run.model.startswith(PACKAGE_PREFIX) or run.model.endswith(".gguf") or run.gguf_file:
-        gguf = f', gguf_file="{run.gguf_file}"' if run.gguf_file else ""
-        call = f'load_model("{run.model}", "{run.task}"{labels}{gguf})'
+        gguf = f", gguf_file={_quoted(run.gguf_file)}" if run.gguf_file else ""
+        call = f'load_model({_quoted(run.model)}, "{run.task}"{labels}{gguf})'
         return "from loraplex.training.models import load_model", call
-    return f"from transformers import {_AUTO[run.task]}", f'{_AUTO[run.task]}.from_pretrained("{run.model}"{labels})'
+    return (
+        f"from transformers import {_AUTO[run.task]}",
+        f"{_AUTO[run.task]}.from_pretrained({_quoted(run.model)}{labels})",
+    )
+
+
+def _quoted(name: str) -> str:
+    """A name as a Python string, which no quote or line end in it can leave."""
+    return json.dumps(name, ensure_ascii=False)

@@ -7,17 +7,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from loraplex.analysis import Analysis, Spectrum
+from loraplex.reading import printable
 
 _MARKERS = "osD^vP*X<>"
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _MOST_PANELS = 12
 
 
+@rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
     """Write the figures that the adapter's method has something for; returns their paths."""
     figures: dict[str, Callable[[Analysis], Figure | None]] = {
@@ -44,7 +47,7 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
 
 def short(role: str) -> str:
     """ "model__layers__N__self_attn__q_proj" → "self_attn.q_proj"."""
-    return role.rpartition("__N__")[2].replace("__", ".")
+    return printable(role.rpartition("__N__")[2].replace("__", ".")).replace("\n", " ")
 
 
 def _by_role(spectra: Iterable[Spectrum]) -> dict[str, list[Spectrum]]:

@@ -41,12 +41,10 @@ def _row(line: bytes, where: str) -> Row:
         row = parse_json(line.decode("utf-8"), where, remedy)
     except UnicodeDecodeError:
         raise ValueError(f"{where} is not UTF-8 text: {remedy}.") from None
-    kinds = {"step": int, "event": str} | (
-        {"task": str} if isinstance(row, dict) and row.get("event") == "eval" else {}
-    )
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+    known = isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("event"), str)
+    if not known or (row["event"] == "eval" and not isinstance(row.get("task"), str)):
         raise ValueError(f"{where} is {shown(row)}, no event of a run: {remedy}.")
-    return row
+    return dict(row)
 
 
 class MetricsLog:
@@ -98,6 +96,13 @@ def _plain(value: Any) -> Any:
 
 def plot_losses(rows: Iterable[Row], path: Path, title: str) -> None:
     """Draw the training loss and each task's evaluation loss, told apart without colour."""
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a name may hold a $
+        _plot_losses(rows, path, title)
+
+
+def _plot_losses(rows: Iterable[Row], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from loraplex.reading import printable
+
 
 def is_main() -> bool:
     """Whether this process is the one that speaks and writes: the launcher's rank 0, or the only one."""
@@ -18,7 +20,7 @@ def is_main() -> bool:
 def note(text: str) -> None:
     """A line about what is going on, to stderr: stdout is for results."""
     if is_main():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def progress(desc: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
@@ -27,4 +29,4 @@ def progress(desc: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
     width = min(shutil.get_terminal_size().columns, 120)
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs few lines
     settings = {"leave": False, "delay": 1.0, "ncols": width, "nrows": 20, "mininterval": interval, **options}
-    return tqdm(desc=desc, total=total, unit=unit, disable=not is_main(), **settings)
+    return tqdm(desc=printable(desc), total=total, unit=unit, disable=not is_main(), **settings)

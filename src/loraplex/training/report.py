@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraplex.engines import ENGINES
 from loraplex.export import LoraExport
 from loraplex.inspect import Description
 from loraplex.merged import MergedExport
+from loraplex.reading import printable
 
 if TYPE_CHECKING:
     from loraplex.analysis import Analysis, Spectrum
@@ -41,9 +44,20 @@ _WORDS = {
 _METRICS = ("loss", "perplexity", "accuracy", "accuracy_norm", "exact_match", "f1")
 
 
+class PlainConsole(Console):
+    """Shows text as it is: names from files are no markup, and their control characters are written as escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed comes by here, in a table too."""
+        return super().render_str(printable(text), **options)
+
+
 def make_console() -> Console:
     """Standard output; as wide as it takes where no terminal sets the width."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    return PlainConsole() if sys.stdout.isatty() else PlainConsole(width=200)
 
 
 def print_summary(result: Result) -> None:
@@ -173,7 +187,10 @@ def print_export(export: LoraExport | MergedExport, calibration: Calibration | N
         text = f"rounding takes most of the update of {lost} of {len(shares)} modules: merge with --dtype float32"
         facts.append(("warning", text))
     if isinstance(export, LoraExport) and (command := ENGINES[export.engine].command):
-        facts.append(("serve", command.format(folder=export.folder, rank=export.rank, base=export.base_model)))
+        # People paste it into a shell, and the base model's name comes from the adapter.
+        names = {"folder": export.folder, "base": str(export.base_model)}
+        quoted = names if export.engine == "peft" else {key: shlex.quote(name) for key, name in names.items()}
+        facts.append(("serve", command.format(rank=export.rank, **quoted)))
     console.print(_facts(facts))
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from loraplex import ScheduleCallback
 from loraplex.evaluate import Evaluator, Metrics
+from loraplex.reading import read_json
 from loraplex.training.arguments import adapter_config, check_engine, checkpoint_without_reentry, training_arguments
 from loraplex.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
 from loraplex.training.card import model_card
@@ -253,7 +254,12 @@ def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | N
 
 def _finished_state(checkpoint: Path) -> TrainerState | None:
     # The Trainer would take a step too many if it were asked to continue from its last one.
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    file = checkpoint / TRAINER_STATE_NAME
+    read_json(file, dict)  # its limits
+    try:
+        state = TrainerState.load_from_json(str(file))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{file} is no state of a training run ({error}): delete the checkpoint.") from None
     return state if state.global_step >= state.max_steps else None
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loraplex.field_types import shown
+from loraplex.reading import printable
 from loraplex.training.packages import PACKAGE_PREFIX, package_data
 
 Kind = Literal["sft", "classification"]
@@ -113,8 +114,9 @@ class DataSpec(BaseModel):
 
     @property
     def title(self) -> str:
-        """The task's name: `name`, or else the last part of `path` without its suffix."""
-        return self.name or PurePath(self.path.removeprefix(PACKAGE_PREFIX)).stem
+        """The task's name: `name`, or else the last part of `path` without its suffix, as one line."""
+        name = self.name or PurePath(self.path.removeprefix(PACKAGE_PREFIX)).stem
+        return printable(name).replace("\n", " ")
 
 
 def template_columns(template: str) -> list[str]:

@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._depth = self._nodes = 0
         # A node that stands for itself, by an alias within it, is still being composed when the alias is met.
         self._sizes: dict[int, int] = {}
 
@@ -34,6 +34,10 @@ class _Loader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise ConfigError(f"line {mark.line + 1}: nested in more than {MAX_DEPTH} levels.")
+        # Counted as they come: to compose a text of a MiB takes many seconds.
+        self._nodes += 1
+        if self._nodes > MAX_VALUES:
+            raise ConfigError(f"line {mark.line + 1}: more than {MAX_VALUES:,} values.")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if is_alias and id(node) not in self._sizes:
@@ -41,7 +45,8 @@ class _Loader(yaml.SafeLoader):
         if not is_alias:
             self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _children(node))
         if self._sizes[id(node)] > MAX_VALUES:
-            raise ConfigError(f"line {mark.line + 1}: more than {MAX_VALUES:,} values once aliases are written out.")
+            written = f"more than {MAX_VALUES:,} values once its aliases are written out"
+            raise ConfigError(f"line {mark.line + 1}: {written}.")
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
