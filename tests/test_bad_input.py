@@ -19,6 +19,7 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, METHODS, PLAIN, adapted, config, output
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex.inspect import describe
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()
@@ -475,3 +476,43 @@ def test_hidden_optimizer_stops_the_run(method: str) -> None:
 
     with pytest.raises(RuntimeError, match=r"never advances.*ScheduleCallback.*loraplex\.step"):
         steps(10)
+
+
+# Describing
+
+
+@pytest.mark.parametrize(
+    ("method", "ending", "broken", "message"),
+    [
+        ("aslora", "__merges", torch.tensor(3), r"merges.*is torch.int64 \(\).*copy or download"),
+        ("aslora", "__merges", torch.tensor([[0, 1, 2, 3, 4]]), r"merges.*\(1, 5\).*broken"),
+        ("aslora", "__merges", torch.tensor([[0, 1, 2, 3, 9], [0, 0, 0, 0, 0]]), r"merges says that layer 4 reads"),
+        ("aslora", "__merges", torch.zeros(2, 5), r"merges.*torch.float32"),
+        ("aslora", "__merges", None, r"nothing that says which layers read it"),
+        ("dual_lora", "warmup", torch.tensor([7]), r"warmup.*\(1,\)"),
+        ("dual_lora", "warmup", torch.tensor([-5, 10]), r"warmup says that -5 of 10"),
+    ],
+    ids=str,
+)
+def test_describe_names_a_broken_schedule(
+    tmp_path: Path, method: str, ending: str, broken: torch.Tensor | None, message: str
+) -> None:
+    adapted(method).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith(ending)]:
+        del tensors[key]
+        if broken is not None:
+            tensors[key] = broken.clone()  # safetensors refuses a tensor twice
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        describe(tmp_path)
+
+
+@every_plain
+def test_describe_checks_settings(tmp_path: Path, method: str) -> None:
+    adapted(method).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layers_pattern": "["}))
+    with pytest.raises(ValueError, match=r"layers_pattern='\['"):
+        describe(tmp_path)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
-from peft import PeftConfig, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from loraplex.adapter_files import check_adapter_files
+from loraplex.config import AdapterConfig
+from loraplex.field_types import shown
 from loraplex.lowrank import svd_of_product
+from loraplex.methods.aslora import check_merges
+from loraplex.methods.dual_lora import check_warmup
 from loraplex.plain import read_lora
 from loraplex.sharing import role
 
@@ -103,9 +108,7 @@ def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "de
         state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
         return _describe(configs[adapter_name].to_dict(), state, None)
     folder = os.fspath(source)
-    check_adapter_files(folder)
-    with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as file:
-        config = json.load(file)
+    config = _settings(folder)
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(weights):
         raise ValueError(f"{folder} holds no adapter: {SAFETENSORS_WEIGHTS_NAME} is missing.")
@@ -119,6 +122,13 @@ def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "de
             for row in description.modules
         ]
     return description
+
+
+def _settings(folder: str) -> dict[str, Any]:
+    """The settings of a saved adapter; those of our methods are checked, and have all their fields."""
+    settings = check_adapter_files(folder)
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings["peft_type"], PeftConfig)
+    return cls.from_pretrained(folder).to_dict() if issubclass(cls, AdapterConfig) else settings
 
 
 def _describe(config: dict[str, Any], state: dict[str, Tensor], file_bytes: int | None) -> Description:
@@ -156,12 +166,14 @@ def _split(key: str, method: str) -> tuple[str, str, str]:
 
 def _by_depth(item: tuple[str, Any]) -> list[tuple[int, str]]:
     # "layers.10" after "layers.9".
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
+    return [(int(p), "") if re.fullmatch(r"\d{1,9}", p, re.ASCII) else (-1, p) for p in item[0].split(".")]
 
 
 def _add_shared(description: Description, shared: dict[str, Tensor], config: dict[str, Any]) -> None:
     for name, tensor in shared.items():
         family, _, factor = name.rpartition("__")
+        if factor in ("merges", "warmup"):
+            _check_state(name, factor, tensor)
         if factor == "merges":
             description.merges += [
                 Merge(step, family, layer, int(tensor[0, layer]))
@@ -180,6 +192,20 @@ def _add_shared(description: Description, shared: dict[str, Tensor], config: dic
     description.shared.sort(key=lambda row: (row.family, row.factor[:6], row.layers))
 
 
+def _check_state(name: str, factor: str, state: Tensor) -> None:
+    """Raise a ValueError unless `state` is one that a schedule can be in."""
+    fits = state.ndim == 2 and len(state) == 2 and state.numel() > 0 if factor == "merges" else state.shape == (2,)
+    if state.dtype != torch.int64 or not fits:
+        raise ValueError(
+            f"{shown(name)} is {state.dtype} {tuple(state.shape)} in the adapter's weights, which no {factor} can be: "
+            "the file is broken; copy or download the adapter again."
+        )
+    if factor == "merges":
+        check_merges(name, state)
+    else:
+        check_warmup(state)
+
+
 def _readers(
     family: str, factor: str, shared: dict[str, Tensor], description: Description, config: dict[str, Any]
 ) -> list[int]:
@@ -189,8 +215,14 @@ def _readers(
         owner = factor.rpartition("_")[2]
         mapped = merges[0].tolist()
         return [layer for layer, m in enumerate(mapped) if not owner.isdigit() or m == int(owner)]
+    group = factor.rpartition("_")[2]
+    if not config.get("num_experts") or not re.fullmatch(r"\d{1,6}", group, re.ASCII):
+        raise ValueError(
+            f"The adapter's weights hold {shown(f'{family}__{factor}')}, but nothing that says which layers read it: "
+            "the file is broken; copy or download the adapter again."
+        )
     # MASA: groups of adjacent layers of the family.
     depth = sum(role(row.module, config.get("layers_pattern")) == family for row in description.modules)
     size = config["share_layers"] or config["num_experts"]
-    start = int(factor.rpartition("_")[2]) * size
+    start = int(group) * size
     return list(range(start, min(start + size, depth)))
