@@ -118,8 +118,8 @@ def test_parts_larger_than_a_layer(cls: type[Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[" * 100_000, "nested too deeply|not JSON"),
-        ('{"r": ' * 100_000, "nested too deeply|not JSON"),
+        ("[" * 100_000, "nested in more than 100 levels"),
+        ('{"r": ' * 100_000, "nested in more than 100 levels"),
         ("[1, 2]", r"holds \[1, 2\], not a mapping"),
         ("5", "holds 5, not a mapping"),
         ("null", "holds None, not a mapping"),
@@ -132,8 +132,7 @@ def test_parts_larger_than_a_layer(cls: type[Any], name: str) -> None:
         ('{"peft_type": "MASA", "cls": 1, "self": 2}', "does not know: 'cls, self'"),
         ('{"peft_type": "MASA", "x": 1, "loraplex_version": [1]}', r"written by loraplex \[1\]"),
         ('{"peft_type": "MASA", "use_rslora": "false"}', "use_rslora='false'"),
-        ('{"peft_type": "MASA", "r": ' + "9" * 5000 + "}", "not JSON|r=9"),
-        ("\ufeff{}", "not JSON"),
+        ('{"peft_type": "MASA", "r": ' + "9" * 5000 + "}", "number that can't be read|r=9"),
     ],
     ids=lambda text: text[:40],
 )

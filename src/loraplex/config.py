@@ -131,6 +131,8 @@ class AdapterConfig(PeftConfig):
         layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         for pattern in layers or []:
             check_pattern("layers_pattern", pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+        if "" in (self.modules_to_save or []):
+            raise ValueError(f"modules_to_save={shown(self.modules_to_save)} holds an empty name, which means all.")
         for pattern in self.modules_to_save or []:
             check_pattern("modules_to_save", pattern, r"(^|.*\.){}($|\..*)")
 

@@ -132,7 +132,8 @@ def check_tensors(model: nn.Module, adapter_name: str, config: AdapterConfig, st
             shared.check_state({name: state[prefix + name] for name in shared.buffer_names() if prefix + name in state})
             shared.fill_stale(prefix, state)
         placed = _placed(state, model_state)
-        lost = next((key for key in model_state if key in own and key not in placed), None)
+        needed = own | _trained_biases(model, config, model_state)
+        lost = next((key for key in model_state if key in needed and key not in placed), None)
         problem = (
             f"The adapter's weights lack {lost}: it is incomplete or for another model."
             if lost
@@ -188,9 +189,8 @@ def _foreign(
     homeless = sorted(key for key in others if key not in model_state)
     if homeless:
         return f"The adapter's weights hold {_listed(homeless)}, which this model has no place for."
-    if others and config.bias != "none":
-        biases = _trained_biases(model, config, model_state)
-        others = {key: tensor for key, tensor in others.items() if key not in biases}
+    biases = _trained_biases(model, config, model_state)
+    others = {key: tensor for key, tensor in others.items() if key not in biases}
     embeddings = _saved_embeddings(model, adapter_name) if others else ()
     wrong = sorted(
         key for key, tensor in others.items() if not key.startswith(embeddings) and not _equal(tensor, model_state[key])
@@ -217,12 +217,12 @@ def _equal(tensor: Tensor, place: Tensor) -> bool:
 
 def _trained_biases(model: nn.Module, config: AdapterConfig, model_state: dict[str, Tensor]) -> set[str]:
     """Keys of the base model's biases that are trained, and saved, with an adapter of this config."""
+    if config.bias == "none":
+        return set()
     if config.bias == "all":
-        return {
-            key for key in model_state if (key == "bias" or key.endswith(".bias")) and ".modules_to_save." not in key
-        }
+        return {key for key in model_state if key.endswith(".bias") and ".modules_to_save." not in key}
     layers = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {f"{name}.base_layer.bias".removeprefix(".") for name in layers}
+    return {key for name in layers if (key := f"{name}.base_layer.bias") in model_state}
 
 
 def _saved_embeddings(model: nn.Module, adapter_name: str) -> tuple[str, ...]:

@@ -351,8 +351,7 @@ class AdapterModel(BaseTuner):
         # Before any module below takes a tensor: a checkpoint whose schedule is broken should change nothing.
         for adapter_name in self.peft_config:
             for inner, shared in shared_with_prefix(self, adapter_name):
-                keys = {name: f"{prefix}{inner}{name}" for name in shared.buffer_names()}
-                shared.check_state({name: state_dict[key] for name, key in keys.items() if key in state_dict})
+                shared.check_loaded(state_dict, prefix + inner)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -121,6 +121,15 @@ class SharedFactors(Resident):
             if not value.is_meta:
                 self.check_buffer(name, part(value))
 
+    def check_loaded(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """`check_state` of what a state dict holds, which may have been cast as a whole to another dtype."""
+        state = {name: state_dict[prefix + name] for name in self.buffer_names() if prefix + name in state_dict}
+        for name, value in state.items():
+            cast = value.to(self.get_buffer(name).dtype)
+            if value.is_meta or torch.equal(part(cast).to(value.dtype), part(value)):
+                state[name] = cast
+        self.check_state(state)
+
     def check_buffer(self, name: str, value: Tensor) -> None:
         """Raise a ValueError unless `value`, which has the right shape, is a state of the buffer `name`."""
 
@@ -138,7 +147,7 @@ class SharedFactors(Resident):
         for name, _ in self.named_buffers(recurse=False):
             if isinstance(value := state_dict.get(prefix + name), DTensor):
                 state_dict[prefix + name] = value.to_local()
-        self.check_state({n: state_dict[prefix + n] for n in self.buffer_names() if prefix + n in state_dict})
+        self.check_loaded(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def member_factors(self) -> Iterator[Factors]:
