@@ -97,7 +97,6 @@ def refused(way: str, folder: Path, message: str) -> None:
 
 # Schedules
 
-L = h.LAYERS - 1
 MAPS: dict[str, tuple[list[list[int]], str]] = {
     "negative": ([[-1, 1, 2, 3, 4], [1, 0, 0, 0, 0]], "layer 0 reads the B of layer -1"),
     "out of range": ([[0, 1, 2, 3, 5], [0, 0, 0, 0, 0]], "layer 4 reads the B of layer 5"),
@@ -269,7 +268,7 @@ def test_another_adapter_s_tensors(method: str, tmp_path: Path) -> None:
 
     edited(method, tmp_path, twist)
     before = h.snapshot(model, BATCH)
-    with pytest.raises(ValueError, match="belong to the base model or to another adapter|twice"):
+    with pytest.raises(ValueError, match=r"belong to the base model or to another adapter|twice"):
         loraplex.load_adapter(model, tmp_path, "second")
     h.assert_unchanged(before, h.snapshot(model, BATCH))
 
@@ -288,7 +287,7 @@ def test_set_peft_model_state_dict_takes_no_other_tensors() -> None:
     model = adapted("multilora")
     state = {**get_peft_model_state_dict(model), "base_model.model.lm_head.weight": torch.zeros(h.VOCAB, h.HIDDEN)}
     before = h.snapshot(model, BATCH)
-    with pytest.raises(ValueError, match="lm_head.weight.*belong to the base model"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight.*belong to the base model"):
         set_peft_model_state_dict(model, state)
     h.assert_unchanged(before, h.snapshot(model, BATCH))
 
@@ -369,7 +368,7 @@ def test_embeddings_of_a_resized_vocabulary_load(in_full: list[str] | None, tmp_
     loaded = PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "adapter")
     assert torch.equal(output(loaded, BATCH), expected)
     # On a model that was not resized they have no business.
-    with pytest.raises(ValueError, match="embed_tokens|lm_head"):
+    with pytest.raises(ValueError, match=r"embed_tokens|lm_head"):
         PeftModel.from_pretrained(LLAMA.build(), tmp_path / "adapter")
 
 

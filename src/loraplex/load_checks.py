@@ -93,16 +93,21 @@ def to_model_keys(
     model: nn.Module, adapter_name: str, config: AdapterConfig, raw: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """A saved adapter's tensors under the names that they will have in `model`, as PEFT and transformers find them."""
-    state = dict(raw)
+    state, in_full = dict(raw), {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             for saved, own in module.adapter_state_dict_load_map(adapter_name).items():
-                for prefix in ("", ROOT):
-                    if (tensor := state.pop(f"{prefix}{name}.{saved}", None)) is not None:
-                        state[f"{name}.{own}"] = tensor
-    found = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
-    check_none_lost(raw, found)
-    return found
+                found = [key for prefix in ("", ROOT) if (key := f"{prefix}{name}.{saved}") in state]
+                if len(found) > 1:
+                    raise ValueError(f"The adapter's weights hold {name}.{saved} twice, under other names.")
+                for key in found:
+                    in_full[f"{name}.{own}"] = state.pop(key)
+                    # With trained biases PEFT saves those of such modules a second time, under this name.
+                    state.pop(f"{ROOT}{name}.{own}", None)
+    state |= in_full
+    placed = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+    check_none_lost(state, placed)
+    return placed
 
 
 def check_none_lost(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
