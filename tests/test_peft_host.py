@@ -860,6 +860,68 @@ def test_dead_models_are_not_watched() -> None:
     assert len(optimizer_steps._followers) == before
 
 
+def test_gradient_scalers_scale_by_one_method() -> None:
+    """A scaler's `scale` multiplies by `_scale`, in torch's class and FSDP's; accelerate calls it (loss_scaling.py)."""
+    from accelerate import Accelerator
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    assert issubclass(ShardedGradScaler, torch.amp.GradScaler)
+    assert "scale" in ShardedGradScaler.__dict__
+    for cls in (torch.cuda.amp.GradScaler, torch.cpu.amp.GradScaler):
+        assert issubclass(cls, torch.amp.GradScaler)
+        assert "scale" not in cls.__dict__
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert scaler.scale(torch.tensor(3.0)) == 24
+    assert scaler._scale == 8
+    assert "self.scaler.scale(loss).backward(" in inspect.getsource(Accelerator.backward)
+
+
+def test_a_backward_pass_has_a_number_and_takes_a_callback() -> None:
+    """Hooks see the engine's number of the pass, −1 outside; a callback runs at its end (loss_scaling.py)."""
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    loss = x.sum()
+
+    def hook(gradient: torch.Tensor) -> None:
+        seen.append(torch._C._current_graph_task_id())
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: seen.append("end"))
+
+    loss.register_hook(hook)
+    x.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    first, inside, end, second, *_ = seen
+    assert first == inside != second
+    assert first != -1 == torch._C._current_graph_task_id()
+    assert end == seen[-1] == "end"
+
+
+def test_deepspeed_scales_a_loss_by_two_methods() -> None:
+    """ZeRO's `scale_if_loss` asks `LossScalerBase.scale_loss`; older engines its `backward` (loss_scaling.py)."""
+    scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    for cls in (scalers.LossScaler, scalers.DynamicLossScaler):
+        assert issubclass(cls, scalers.LossScalerBase)
+        assert not {"scale_loss", "backward"} & cls.__dict__.keys()
+    assert scalers.LossScaler(8.0).loss_scale == 8
+    assert "self.loss_scaler.scale_loss(value)" in inspect.getsource(ZeROOptimizer.scale_if_loss)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="the setting has this name since torch 2.9")
+def test_one_name_tells_the_precision_of_products() -> None:
+    """`fp32_precision` of a backend's products follows the older setting, and "none" is full (products.py)."""
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, mkldnn.fp32_precision
+    try:
+        for precision, expected in {"high": ("tf32", "tf32"), "medium": ("tf32", "bf16")}.items():
+            torch.set_float32_matmul_precision(precision)
+            assert (cuda.fp32_precision, mkldnn.fp32_precision) == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        cuda.fp32_precision, mkldnn.fp32_precision = before
+
+
 def test_callback_events() -> None:
     """The callback answers to events of transformers' Trainer by these names (schedule.ScheduleCallback)."""
     from transformers import TrainerCallback
