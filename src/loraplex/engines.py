@@ -52,7 +52,7 @@ ENGINES = {
         Engine(
             "vllm",
             # vLLM's MaxLoRARanks; --max-lora-rank takes no other value.
-            ranks=(8, 16, 32, 64, 128, 256, 320, 512),
+            ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
             head=True,
             command="vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
         ),

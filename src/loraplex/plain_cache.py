@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from loraplex.wish import read_json
 
@@ -150,10 +150,13 @@ class PlainCache:
 
     def drop(self, entry: Entry) -> bool:
         """Remove an entry unless a server holds it; returns whether it is gone."""
-        with _lock_file(self.root / f"{entry.path.name}.held") as file:
-            if not _try_lock(file, shared=False):
+        lock = Hold(self.root / f"{entry.path.name}.held")
+        try:
+            if not lock.take(shared=False):
                 return False
             self._remove(entry.path)
+        finally:
+            lock.close()
         for ending in ("held", "lock", "json"):
             (self.root / f"{entry.path.name}.{ending}").unlink(missing_ok=True)
         return True
@@ -164,13 +167,13 @@ class PlainCache:
         self._forget()
         return held
 
-    def hold(self, path: Path) -> IO[str] | None:
-        """Keep an entry from being removed while the returned file is open; None for a folder outside the cache."""
+    def hold(self, path: Path) -> Hold | None:
+        """Keep an entry from being removed while the returned lock is held; None for a folder outside the cache."""
         if path.parent != self.root:
             return None
-        file = _lock_file(self.root / f"{path.name}.held")
-        _try_lock(file, shared=True)
-        return file
+        lock = Hold(self.root / f"{path.name}.held")
+        lock.take(shared=True)
+        return lock
 
     def seen(self, key: str, signature: list[Any]) -> str | None:
         """The digest under which a folder with this signature was last seen."""
@@ -225,17 +228,33 @@ def print_entries(cache: PlainCache, entries: list[Entry]) -> None:
     print(f"{len(entries)} converted adapters, {total:.1f} MiB, in {cache.root}")
 
 
-def _lock_file(path: Path) -> IO[str]:
-    return path.open("a", encoding="utf-8")
+class Hold:
+    """A lock on a file, given up by `close` or when nothing refers to it any more."""
 
+    _descriptor: int | None = None
 
-def _try_lock(file: IO[str], shared: bool) -> bool:
-    if sys.platform == "win32":  # no server that loads from here runs there
+    def __init__(self, path: Path) -> None:
+        # Not a file object: Python warns of one that a server keeps until it ends.
+        self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+
+    def take(self, shared: bool) -> bool:
+        """Lock the file; returns False if another one's lock stands against it."""
+        if sys.platform == "win32":  # no server that loads from here runs there
+            return True
+        import fcntl
+
+        assert self._descriptor is not None
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
         return True
-    import fcntl
 
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def close(self) -> None:
+        """Give the lock up."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()

@@ -12,7 +12,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from loraplex.config import AdapterConfig
-from loraplex.plain_cache import PlainCache, size_limit
+from loraplex.plain_cache import Hold, PlainCache, size_limit
 from loraplex.version import __version__
 from loraplex.wish import WEIGHTS_NAME, WISH_NAME, Wish, read_json, sha256_of
 
@@ -60,7 +60,7 @@ def _is_ours(peft_type: object) -> bool:
     return known is not None and issubclass(known, AdapterConfig)
 
 
-def hold(path: Path) -> object:
+def hold(path: Path) -> Hold | None:
     """Keep a folder that `to_plain` returned from being removed for as long as the returned object lives."""
     return PlainCache().hold(path)
 
