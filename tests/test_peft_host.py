@@ -788,6 +788,17 @@ def test_accumulation_counts_one_version_of_a_gradient() -> None:
     assert [step == 1 for step in grown] == [True, False, True, False, True]
 
 
+def test_a_parameters_hooks_tell_whether_it_is_watched() -> None:
+    """A handle and the parameter name the same hooks; torch swaps a parameter with them, but not one that is referred
+    to weakly (hidden_optimizer.Watch)."""
+    one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    assert one._post_accumulate_grad_hooks is None
+    handle = one.register_post_accumulate_grad_hook(lambda p: None)
+    assert handle.hooks_dict_ref() is one._post_accumulate_grad_hooks
+    torch.utils.swap_tensors(one, other)
+    assert one._post_accumulate_grad_hooks is not handle.hooks_dict_ref()
+
+
 def test_ddp_says_in_its_forward_which_ranks_it_joins(tmp_path: Path) -> None:
     """`_active_ddp_module` is set there and nowhere else (parallel.ddp_group)."""
     from torch import distributed as dist

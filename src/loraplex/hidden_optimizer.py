@@ -54,7 +54,6 @@ class Watch:
 
     def __init__(self, owner: Watched) -> None:
         self._owner = weakref.ref(owner)
-        self._parameter: weakref.ref[nn.Parameter] | None = None
         self._handle: Any = None
         self.fresh = False
         """Whether a backward pass went through the parameter since the last step was counted."""
@@ -69,13 +68,14 @@ class Watch:
 
     def follow(self, parameter: nn.Parameter) -> None:
         """Watch `parameter` from now on; casts, loading and sharding may have put it in place of another."""
-        if self._parameter is not None and self._parameter() is parameter:
-            return
+        # By the hooks and not by a weak reference, for which torch would refuse to swap the parameter.
+        hooks = parameter._post_accumulate_grad_hooks
         if self._handle is not None:
+            if hooks is not None and self._handle.hooks_dict_ref() is hooks:
+                return
             self._handle.remove()
         me = weakref.ref(self)
         self._handle = parameter.register_post_accumulate_grad_hook(lambda p: _tell(me(), p))
-        self._parameter = weakref.ref(parameter)
         self._version = self._sample = None
 
     def backward_seen(self, parameter: nn.Parameter) -> None:
