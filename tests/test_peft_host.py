@@ -789,14 +789,22 @@ def test_accumulation_counts_one_version_of_a_gradient() -> None:
 
 
 def test_a_parameters_hooks_tell_whether_it_is_watched() -> None:
-    """A handle and the parameter name the same hooks; torch swaps a parameter with them, but not one that is referred
-    to weakly (hidden_optimizer.Watch)."""
-    one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    """A handle and the parameter name the same hooks, and `_cdata` the tensor that calls them; torch swaps such a
+    parameter, but not one that is referred to weakly (hidden_optimizer.Watch)."""
+    one, other, calls = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), []
     assert one._post_accumulate_grad_hooks is None
-    handle = one.register_post_accumulate_grad_hook(lambda p: None)
+    handle = one.register_post_accumulate_grad_hook(calls.append)
     assert handle.hooks_dict_ref() is one._post_accumulate_grad_hooks
+    before = one._cdata
+    one.data = torch.zeros(2)
+    assert one._cdata == before
     torch.utils.swap_tensors(one, other)
-    assert one._post_accumulate_grad_hooks is not handle.hooks_dict_ref()
+    assert one._cdata != before
+    one.sum().backward()
+    assert calls == []
+    one._post_accumulate_grad_hooks = one._post_accumulate_grad_hooks
+    one.sum().backward()
+    assert len(calls) == 1
 
 
 def test_ddp_says_in_its_forward_which_ranks_it_joins(tmp_path: Path) -> None:

@@ -437,6 +437,13 @@ def test_parameters_that_are_put_in_place_later_are_watched(method: str) -> None
     assert passes_until_stopped(model, lambda _: without_torch(model)) <= hidden_optimizer.RESETS + 1
 
 
+def test_swapped_parameters_are_watched(method: str) -> None:
+    model = adapted(method)
+    for parameter in trainable(model):
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))
+    assert passes_until_stopped(model, lambda _: without_torch(model)) <= hidden_optimizer.RESETS + 1
+
+
 def test_an_adapter_that_is_switched_on_later_is_watched(method: str) -> None:
     model = adapted(method)
     model.requires_grad_(False)

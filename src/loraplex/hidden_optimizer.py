@@ -55,6 +55,7 @@ class Watch:
     def __init__(self, owner: Watched) -> None:
         self._owner = weakref.ref(owner)
         self._handle: Any = None
+        self._cdata = 0
         self.fresh = False
         """Whether a backward pass went through the parameter since the last step was counted."""
         self.counted()
@@ -70,12 +71,17 @@ class Watch:
         """Watch `parameter` from now on; casts, loading and sharding may have put it in place of another."""
         # By the hooks and not by a weak reference, for which torch would refuse to swap the parameter.
         hooks = parameter._post_accumulate_grad_hooks
+        if self._handle is not None and hooks is not None and self._handle.hooks_dict_ref() is hooks:
+            if self._cdata != parameter._cdata:
+                # A swapped parameter has kept the list of its hooks, but its new memory does not call them.
+                parameter._post_accumulate_grad_hooks = hooks
+                self._cdata = parameter._cdata
+            return
         if self._handle is not None:
-            if hooks is not None and self._handle.hooks_dict_ref() is hooks:
-                return
             self._handle.remove()
         me = weakref.ref(self)
         self._handle = parameter.register_post_accumulate_grad_hook(lambda p: _tell(me(), p))
+        self._cdata = parameter._cdata
         self._version = self._sample = None
 
     def backward_seen(self, parameter: nn.Parameter) -> None:
