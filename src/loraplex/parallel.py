@@ -142,8 +142,8 @@ def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 def refuse_fsdp1(layer: nn.Module) -> None:
     """Raise a ValueError in a forward under FSDP1, whose flat shards ASLoRA would merge without a word."""
     # FSDP1 marks the parameters that it flattens; without use_orig_params it puts views of a flat one in their place.
-    tensors = [t for m in layer.modules() for t in (*m._parameters.values(), m.__dict__.get("weight"))]
-    tensors = [t for t in tensors if isinstance(t, Tensor)]
+    places = [t for m in layer.modules() for t in (*m._parameters.values(), m.__dict__.get("weight"))]
+    tensors: list[Tensor] = [t for t in places if isinstance(t, Tensor)]
     if any(_is_fsdp_flattened(t) or (t._base is not None and _is_fsdp_flattened(t._base)) for t in tensors):
         raise ValueError(f"Adapters can't be trained under FSDP1. {FSDP2_INSTEAD}")
 
