@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import pickle
 import re
+import subprocess
 import sys
 from importlib.metadata import requires, version
 from itertools import pairwise
@@ -807,6 +809,49 @@ def test_a_parameters_hooks_tell_whether_it_is_watched() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_node_that_recomputes_is_known(reentrant: bool) -> None:
+    """Reentrant checkpointing recomputes inside its own node, the other kind inside whichever needs a tensor
+    (parallel._refuse_reentrant)."""
+    from torch.utils.checkpoint import checkpoint
+
+    nodes: list[str | None] = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        node = torch._C._current_autograd_node()
+        nodes.append(node and node.name())
+        return (x * 2).sin()
+
+    checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    assert nodes[0] is None
+    assert (nodes[1] == "CheckpointFunctionBackward") is reentrant
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("original", [True, False])
+def test_fsdp1_is_known_by_its_marks(original: bool, tmp_path: Path) -> None:
+    """`_fsdp_flattened` on parameters, or on what their views are of (parallel.refuse_fsdp1)."""
+    from torch import distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from loraplex.parallel import refuse_fsdp1
+
+    class Asks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            refuse_fsdp1(self)
+            return super().forward(x)
+
+    Asks(2, 2)(torch.ones(1, 2))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = FullyShardedDataParallel(Asks(2, 2), use_orig_params=original, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"FSDP1.*fully_shard"):
+            model(torch.ones(1, 2))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_ddp_says_in_its_forward_which_ranks_it_joins(tmp_path: Path) -> None:
     """`_active_ddp_module` is set there and nowhere else (parallel.ddp_group)."""
     from torch import distributed as dist
@@ -929,6 +974,78 @@ def test_callback_events() -> None:
     for event in ("on_train_begin", "on_step_end"):
         ours, theirs = getattr(loraplex.ScheduleCallback, event), getattr(TrainerCallback, event)
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
+IMPORTED = """
+import importlib, json, logging, signal, sys, warnings
+import torch, peft, transformers
+from torch.optim import optimizer
+
+for name in json.loads(sys.argv[1]):  # what loraplex imports of others, so that they make their changes before
+    importlib.import_module(name)
+
+
+def attributes():
+    modules = [m for m in list(sys.modules.values()) if m.__name__.partition(".")[0] in HOSTS]
+    found = {f"{m.__name__}:{key}": value for m in modules for key, value in list(vars(m).items())}
+    kinds = {v for v in found.values() if isinstance(v, type) and v.__module__.partition(".")[0] in HOSTS}
+    found |= {f"{v.__module__}.{v.__qualname__}:{key}": value for v in kinds for key, value in vars(v).items()}
+    return found
+
+
+def process():
+    loggers = {name: (log.level, list(log.handlers), log.propagate)
+               for name, log in logging.root.manager.loggerDict.items()
+               if isinstance(log, logging.Logger) and not name.startswith("loraplex")}
+    return {
+        "hooks": (dict(optimizer._global_optimizer_pre_hooks), dict(optimizer._global_optimizer_post_hooks)),
+        "module hooks": [dict(vars(torch.nn.modules.module)[name]) for name in sorted(vars(torch.nn.modules.module))
+                         if name.startswith("_global_") and isinstance(vars(torch.nn.modules.module)[name], dict)],
+        "finders": list(sys.meta_path), "path hooks": list(sys.path_hooks), "path": list(sys.path),
+        "filters": list(warnings.filters), "showwarning": warnings.showwarning, "loggers": loggers,
+        "root": (logging.root.level, list(logging.root.handlers)),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "excepthook": sys.excepthook, "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(), "seed": torch.initial_seed(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+
+
+HOSTS = ("peft", "transformers", "torch", "accelerate", "safetensors")
+process(), attributes()  # looking makes some attributes
+before, others = process(), attributes()
+import loraplex
+after, others_after = process(), attributes()
+changed = sorted(key for key in others if key in others_after and others_after[key] is not others[key]
+                 and not isinstance(others[key], (int, float, str, bool)))
+print(json.dumps({"process": [key for key in before if before[key] != after[key]], "changed": changed}))
+"""
+
+
+def test_importing_changes_what_the_record_names() -> None:
+    """Nothing in the process, and in others' modules what docs/adr/0007-what-is-global.md lists."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(*arguments: str) -> Any:
+        command = [sys.executable, "-W", "ignore", "-c", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    names = "import json, sys, loraplex; print(json.dumps([n for n, m in list(sys.modules.items()) if m and "
+    names += "n.partition('.')[0] in ('peft', 'transformers', 'torch', 'accelerate', 'safetensors') and "
+    names += "getattr(m, '__spec__', None)]))"
+    found = run(IMPORTED, json.dumps(run(names)))
+    assert found["process"] == []
+    conversion_names = {f"{module}:convert_to_lora" for module in CONVERSION}
+    entry_points = {key for key in found["changed"] if key.rpartition(":")[2] in ENTRY_POINTS}
+    assert conversion_names <= set(found["changed"])
+    assert set(found["changed"]) == conversion_names | entry_points
+    assert all("PeftModel" in key or "PeftAdapterMixin" in key for key in entry_points)
+
+
+CONVERSION = ("peft", "peft.tuners", "peft.tuners.lora", "peft.tuners.lora.conversion")
+ENTRY_POINTS = ("__init__", "add_adapter", "load_adapter", "from_pretrained")
 
 
 def test_versions() -> None:

@@ -195,7 +195,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         if not torch.compiler.is_compiling() and self.training and not self._engine_checked:
-            refuse_fsdp1()
+            refuse_fsdp1(self)
             self._engine_checked = True
         if self._may_take_weight and (whole := self._forward_with_weight(x)) is not None:
             return whole

@@ -6,9 +6,7 @@ whole tensor gathers it, and then all ranks have to take part.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
@@ -131,7 +129,8 @@ def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:
 
 def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Raise a ValueError in a recomputation that would give ZeRO-3 a shared factor's gradient layer by layer."""
-    if torch.is_grad_enabled() and _is_called_by(CheckpointFunction.backward):
+    node = torch._C._current_autograd_node()
+    if torch.is_grad_enabled() and node is not None and node.name() == f"{CheckpointFunction.__name__}Backward":
         raise ValueError(
             "Reentrant activation checkpointing computes the gradient of a factor that several layers read in pieces, "
             "of which ZeRO-3 loses all but one. Train with gradient_checkpointing_kwargs={'use_reentrant': False, "
@@ -140,17 +139,13 @@ def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         )
 
 
-def refuse_fsdp1() -> None:
+def refuse_fsdp1(layer: nn.Module) -> None:
     """Raise a ValueError in a forward under FSDP1, whose flat shards ASLoRA would merge without a word."""
-    if _is_called_by(FullyShardedDataParallel.forward):
+    # FSDP1 marks the parameters that it flattens; without use_orig_params it puts views of a flat one in their place.
+    places = [t for m in layer.modules() for t in (*m._parameters.values(), m.__dict__.get("weight"))]
+    tensors: list[Tensor] = [t for t in places if isinstance(t, Tensor)]
+    if any(_is_fsdp_flattened(t) or (t._base is not None and _is_fsdp_flattened(t._base)) for t in tensors):
         raise ValueError(f"Adapters can't be trained under FSDP1. {FSDP2_INSTEAD}")
-
-
-def _is_called_by(function: Callable[..., Any]) -> bool:
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not function.__code__:
-        frame = frame.f_back
-    return frame is not None
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:
