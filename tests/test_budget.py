@@ -385,7 +385,7 @@ def test_bad_parameter_numbers(text):
         ("--match lora:rank=8", "unknown key 'adapter.rank'"),
         ("--match lora:r=0", "lora: `r` should be a positive integer value but the value passed is 0"),
         ("--match lora:r=8 --params 2M", "--match lora:r=8 and --params 2M exclude each other: keep one"),
-        ("--tokens 0", "tokens=0 must be an integer of at least 1"),
+        ("--tokens 0", "--tokens 0: give a number from 1 to "),
         ("--adapter.num_expert 4", "did you mean 'adapter.num_experts'"),
         ("--methods lora --adapter.num_experts 4", "unknown key 'adapter.num_experts'"),
         ("--adapter.r eight", "adapter.r is 'eight'"),

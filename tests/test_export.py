@@ -114,7 +114,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"v_proj": 2},
         "alpha_pattern": {"v_proj": 3, r".*\.1\..*q_proj": 9},
     },
-    "patterns and rslora": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r"layers\.[24]\..*": 5}, "use_rslora": 1},
+    "patterns and rslora": {
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {r"layers\.[24]\..*": 5},
+        "use_rslora": True,
+    },
     "some layers": {"layers_to_transform": [0, 2, 4]},
     "regex": {"target_modules": r".*layers\.[134]\.(self_attn\.q_proj|mlp\.down_proj)"},
     "all but one": {"exclude_modules": ["layers.0.self_attn.q_proj"]},

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from loraplex.adapter_files import check_adapter_files
 from loraplex.config import AdapterConfig
 from loraplex.engines import Engine
+from loraplex.field_types import shown
 from loraplex.layer import AdapterLinear
 from loraplex.sharing import layer_depth
 from loraplex.updates import ROOT, adapted, difference
@@ -98,7 +100,9 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
     Raises:
         ValueError: the folder holds no plain LoRA.
     """
-    check_adapter_files(os.fspath(folder))
+    kind = check_adapter_files(os.fspath(folder))["peft_type"]
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{folder} is an adapter of type {shown(kind)}, which PEFT does not know.")
     try:
         config = PeftConfig.from_pretrained(os.fspath(folder))
     except TypeError as error:
