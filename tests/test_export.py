@@ -615,7 +615,7 @@ def test_router_with_mean_gates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "needed", "expected"),
     [
-        ("vllm", 1, 8), ("vllm", 8, 8), ("vllm", 9, 16), ("vllm", 33, 64), ("vllm", 129, 256),
+        ("vllm", 1, 1), ("vllm", 8, 8), ("vllm", 9, 16), ("vllm", 33, 64), ("vllm", 129, 256),
         ("vllm", 257, 320), ("vllm", 321, 512), ("vllm", 512, 512), ("portable", 9, 9), ("sglang", 600, 600),
         ("llama.cpp", 5, 5), ("peft", 513, 513),
     ],

@@ -401,9 +401,10 @@ def test_other_files_go_along_but_no_weights(tmp_path: Path) -> None:
     for name in weights:
         (room.base / name).write_bytes(b"old weights")
     save_file({"layers.0.wq.weight": torch.zeros(2)}, room.base / "consolidated.safetensors")
-    # The hub's cache holds links.
-    (room.base / "LICENSE").rename(tmp_path / "license")
-    (room.base / "LICENSE").symlink_to(tmp_path / "license")
+    # A link to a file of the base itself; the hub's cache holds links to its own files.
+    (room.base / "files").mkdir()
+    (room.base / "LICENSE").rename(room.base / "files" / "license")
+    (room.base / "LICENSE").symlink_to(room.base / "files" / "license")
     generation = (room.base / "generation_config.json").read_bytes()
     room.merge()
     assert {name: (room.out / name).read_text(encoding="utf-8") for name in texts} == texts

@@ -109,8 +109,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None
     if outer is not None:
         outer.inner += [*step.inner, optimizer]
         outer.skipped = False
-    # torch.distributed.checkpoint.state_dict._init_optim_state
-    idle = kwargs == {"closure": None} and all(group.get("lr") == 0 for group in optimizer.param_groups)
+    # torch.distributed.checkpoint.state_dict._init_optim_state; accelerate's optimizer hands the None on by position.
+    no_closure = kwargs == {"closure": None} or (not kwargs and args[1:] == (None,))
+    idle = no_closure and all(group.get("lr") == 0 for group in optimizer.param_groups)
     held = holds(optimizer)
     outer_held = [holds(other.optimizer) for other in running]
     for follower in list(_followers):
