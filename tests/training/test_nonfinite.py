@@ -104,10 +104,11 @@ def test_skipped_update_changes_nothing(room, tmp_path, train, capfd, method, fa
             generator = torch.get_rng_state()
             gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
             kept = copy.deepcopy(gradients)
+            hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in trainer.model.modules()]
             finding = find(*args)
             assert torch.equal(generator, torch.get_rng_state())
             torch.testing.assert_close(gradients, kept, rtol=0, atol=0, equal_nan=True)
-            assert not any(m._forward_hooks or m._forward_pre_hooks for m in trainer.model.modules())
+            assert hooks == [(*m._forward_hooks, *m._forward_pre_hooks) for m in trainer.model.modules()]
             return finding
 
         trainer.guard._find = watched
