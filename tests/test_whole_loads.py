@@ -6,6 +6,7 @@ or loaded, by every way there is; all that the model consists of is compared wit
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -129,6 +130,17 @@ class Interrupt(BaseException):
 WATCHED = (*(os.path.dirname(str(module.__file__)) + os.sep for module in (peft, loraplex)), str(native.__file__))
 
 
+def is_dropped(frame: Any) -> bool:
+    """Whether Python drops what is raised here: while a generator is closed, and in what cleans up after an object."""
+    if frame.f_code.co_flags & inspect.CO_GENERATOR:
+        return True
+    while frame is not None:
+        if frame.f_code.co_qualname == "finalize.__call__" or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Tracer:
     """Counts calls of functions in the watched files, and raises at one of them."""
 
@@ -138,8 +150,7 @@ class Tracer:
 
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
         code = frame.f_code
-        # Python resumes a generator that is not used up to close it, and drops what is raised then.
-        if event == "call" and code.co_filename.startswith(WATCHED) and code.co_name != "<genexpr>":
+        if event == "call" and code.co_filename.startswith(WATCHED) and not is_dropped(frame):
             self.calls.append(f"{code.co_filename}:{code.co_qualname}")
             if len(self.calls) - 1 == self.stop:
                 sys.settrace(None)

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
+from loraplex import files
 from loraplex.cli import main
 from loraplex.methods.aslora import AsLoraShared
 
@@ -106,6 +107,12 @@ def _on_file_operations(root: Path, seen: Callable[[str, Path], None]) -> None:
 def die_at(root: Path, moment: str) -> None:
     """Be killed when an operation of this kind is about to happen."""
     _on_file_operations(root, lambda kind, path: _die() if kind == moment else None)
+
+
+def die_between_renames(root: Path, moment: str) -> None:
+    """`die_at` on a system that can't exchange two names in one step."""
+    files.exchange = lambda one, other: False
+    die_at(root, moment)
 
 
 def die_writing(root: Path, moment: str, after: int) -> None:

@@ -18,7 +18,7 @@ from loraplex.training.lock import LOCK_NAME
 
 if sys.platform == "win32":
     pytest.skip("kills processes by signals", allow_module_level=True)
-from killing import Launcher, die_at, die_merging, die_writing
+from killing import Launcher, die_at, die_between_renames, die_merging, die_writing
 
 SEED, KILLS = 20, 13
 """Of the random kills, and their number for each of four methods."""
@@ -165,9 +165,17 @@ def length(whole: Path, name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [("optimizer.pt", "cut off"), ("scheduler.pt", "missing"), ("files.json", "cut off")]
+    ("name", "damage", "die", "left"),
+    [
+        ("optimizer.pt", "cut off", die_at, True),
+        ("scheduler.pt", "missing", die_between_renames, False),
+        ("files.json", "cut off", die_between_renames, False),
+    ],
 )
-def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(room, tmp_path, launch, unbroken, name, damage):
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    room, tmp_path, launch, unbroken, name, damage, die, left
+):
+    """Even if it is killed before a whole checkpoint takes the damaged one's place, or where neither stands."""
     whole, _ = unbroken("aslora")
     out, newest = tmp_path / "aslora", checkpoints(whole)[0].name
     run = configured(room, out, "aslora")
@@ -177,11 +185,10 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(room, tmp_path, la
         file.unlink()
     else:
         os.truncate(file, file.stat().st_size // 2)
-    # Between the two renames that put a whole checkpoint in the place of the damaged one.
     given = (out, "os.rename .saving/checkpoint-*")
-    assert launch(run, "--resume", prepare=die_at, given=given) == KILLED, launch.errors
+    assert launch(run, "--resume", prepare=die, given=given) == KILLED, launch.errors
     assert f"warning: {newest}: {name} is {damage}" in launch.errors
-    assert not (out / newest).exists()
+    assert (out / newest).exists() == left
     assert launch(run, "--resume") == 0, launch.errors
     check_same(out, whole)
 
