@@ -160,28 +160,59 @@ def test_merge_uses_the_scaling_once(method: str) -> None:
     torch.testing.assert_close(deltas[1], 2 * deltas[0])
 
 
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @every_mergeable
-def test_safe_merge_catches_nan(method: str) -> None:
+def test_broken_factors_are_not_merged(method: str, bad: float) -> None:
+    """Unless asked for: by no way to merge, whichever factor it is, and the model stays as it was."""
     model = adapted(method)
     weights = h.base_weights(model)
     parameters = h.adapter_parameters(model)
-    last = [name for name in parameters if name.endswith("lora_B") or "lora_B_" in name][-1]
-    with torch.no_grad():
-        parameters[last][0, 0] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_adapter(safe_merge=True)
-    h.assert_same(h.base_weights(model), weights)
-    assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
-    with pytest.raises(ValueError, match="NaN"):
-        model.merge_and_unload(safe_merge=True)
-    h.assert_same(h.base_weights(model), weights)
-    assert h.layers_of(model)
-    assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
-    # The model still works: repaired, it merges.
-    with torch.no_grad():
-        parameters[last][0, 0] = 0.5
+    # One of each kind. A gradient tells which are read: ASLoRA has merged some B's away.
+    found = gradients(model, BATCH)
+    kinds = {name.rpartition(".")[2]: name for name in parameters if name in found and found[name].any()}
+    assert kinds
+    ways: list[Callable[[], Any]] = [
+        lambda: model.merge_adapter(),
+        lambda: model.merge_adapter(safe_merge=True),
+        lambda: model.merge_and_unload(),
+        lambda: model.merge_and_unload(safe_merge=True),
+        lambda: [layer.check_mergeable(["default"]) for layer in h.layers_of(model).values()],
+    ]
+    for name in kinds.values():
+        kept = parameters[name].detach().clone()
+        parameters[name].data[-1, -1] = bad
+        for merge in ways:
+            with pytest.raises(ValueError, match=r"holds NaN or Inf on model\.layers.*allow_nonfinite"):
+                merge()
+            h.assert_same(h.base_weights(model), weights)
+            assert h.layers_of(model)
+            assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+        parameters[name].data.copy_(kept)
     expected = output(model, BATCH)
-    torch.testing.assert_close(output(model.merge_and_unload(safe_merge=True), BATCH), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(output(copy.deepcopy(model).merge_and_unload(), BATCH), expected, atol=1e-5, rtol=1e-4)
+    parameters[next(iter(kinds.values()))].data[-1, -1] = bad
+    with loraplex.allow_nonfinite():
+        model.merge_adapter()
+    assert not all(weight.isfinite().all() for weight in h.base_weights(model).values())
+    model.unmerge_adapter()
+    h.assert_same(h.base_weights(model), weights)
+    with pytest.raises(ValueError, match="allow_nonfinite"):
+        model.merge_and_unload()
+
+
+@every_mergeable
+def test_safe_merge_refuses_what_is_not_finite_in_the_sum(method: str) -> None:
+    model = adapted(method)
+    *_, last = h.layers_of(model).values()
+    last.get_base_layer().weight.data[0, 0] = math.inf
+    weights = h.base_weights(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=f"NaN or Inf into the weight of {last.module_name}"):
+            merge(safe_merge=True)
+        h.assert_same(h.base_weights(model), weights)
+        assert h.layers_of(model)
+        assert not any(m.merged for m in model.modules() if isinstance(m, BaseTunerLayer))
+    model.merge_and_unload()
 
 
 @every_mergeable

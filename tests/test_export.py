@@ -833,7 +833,16 @@ def test_nan_and_inf_are_refused(method: str, bad: float, tmp_path: Path) -> Non
     for rank in ranks:
         with pytest.raises(ValueError, match=r"NaN or Inf.*layers\.\d\.self_attn\.v_proj.*earlier checkpoint"):
             export_lora(model, tmp_path / "out", rank=rank)
+        if rank != Rank():
+            with loraplex.allow_nonfinite(), pytest.raises(ValueError, match=r"NaN or Inf.*earlier checkpoint"):
+                export_lora(model, tmp_path / "out", rank=rank)
     assert not list(tmp_path.iterdir())
+    if method != "dual_lora":
+        with loraplex.allow_nonfinite():
+            export_lora(model, tmp_path / "out")
+        broken = {key for key, tensor in h.file_tensors(tmp_path / "out").items() if not tensor.isfinite().all()}
+        assert broken
+        assert all("v_proj.lora_A" in key for key in broken)
 
 
 def test_an_update_that_is_not_finite_though_its_factors_are(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import helpers as h
+import loraplex
 from helpers import ARCHS, MERGEABLE, config, naive_updates, output, ready, relative
 from loraplex import merged
 from loraplex.merged import MergedExport, OtherLayout, merge_checkpoint
@@ -471,15 +472,22 @@ def test_base_weights_of_the_model_are_never_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["multilora", "dual_lora"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_safe_refuses_nan(method: str, bad: float, tmp_path: Path) -> None:
+def test_broken_factors_are_refused(method: str, bad: float, tmp_path: Path) -> None:
     def spoil(model: PeftModel) -> None:
         name = next(name for name in h.adapter_parameters(model) if "layers.2" in name and name.endswith("lora_B"))
         h.adapter_parameters(model)[name][0, 0] = bad
 
     room = Room(tmp_path, method, change=spoil)
-    with pytest.raises(ValueError, match=r"layers\.2.*NaN or Inf.*earlier checkpoint"):
-        room.merge(safe=True)
+    with pytest.raises(ValueError, match=r"NaN or Inf on .*layers\.2.*earlier checkpoint"):
+        room.merge()
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+    with loraplex.allow_nonfinite(), pytest.raises(ValueError, match=r"layers\.2.*NaN or Inf.*earlier checkpoint"):
+        room.merge(safe=True)
+    with loraplex.allow_nonfinite():
+        room.merge()
+    broken = {name for name, tensor in room.reload().named_parameters() if not tensor.isfinite().all()}
+    assert broken
+    assert all("layers.2" in name for name in broken)
 
 
 def test_quantised_base(tmp_path: Path) -> None:

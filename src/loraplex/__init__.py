@@ -3,6 +3,7 @@
 from loraplex.cache import clear_cache
 from loraplex.calibrate import Calibration, calibrate
 from loraplex.export import LoraExport, Rank, export_lora
+from loraplex.finite import allow_nonfinite
 from loraplex.loss_scaling import loss_scale
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
 from loraplex.parallel import gathered_state_dict
@@ -30,6 +31,7 @@ __all__ = [
     "ScheduleCallback",
     "__version__",
     "add_adapter",
+    "allow_nonfinite",
     "calibrate",
     "clear_cache",
     "export_lora",

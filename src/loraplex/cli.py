@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,12 @@ _OWN_OPTIONS = {
         *("--debug", "--help", *_TRUST),
     },
     "merge": {
-        *("--run", "--safe", "--calibration", "--dtype", "--force", "--output", "--json", "--debug", "--help", *_TRUST),
+        *("--run", "--safe", "--allow-nonfinite", "--calibration", "--dtype", "--force", "--output", "--json"),
+        *("--debug", "--help", *_TRUST),
     },
     "export": {
         *("--run", "--format", "--engine", "--compress", "--rank", "--max-error", "--dtype", "--calibration", "--safe"),
-        *("--force", "--output", "--remember", "--json", "--debug", "--help", *_TRUST),
+        *("--allow-nonfinite", "--force", "--output", "--remember", "--json", "--debug", "--help", *_TRUST),
     },
     "compare": {"--jobs", "--dry-run", "--report", "--trust-remote-code", "--debug", "--help"},
     "budget": {
@@ -218,6 +220,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--run", metavar="RUN.yaml", type=Path, help="take the base model from this run")
         command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the file's tensors")
         command.add_argument("--safe", action="store_true", help="stop if a merged weight is not finite")
+        command.add_argument(
+            "--allow-nonfinite", action="store_true", help="write an adapter that holds NaN or Inf as it is"
+        )
         command.add_argument(
             "--calibration", nargs="*", metavar="DATA", help="data for MASA's mean gates; alone, the run's own"
         )
@@ -437,6 +442,7 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _write_export(args: argparse.Namespace, overrides: list[str], **settings: Any) -> int:
     quiet()
+    from loraplex.finite import allow_nonfinite
     from loraplex.training.adapted import run_of
     from loraplex.training.config import parse_overrides
     from loraplex.training.exporting import ExportJob, export_adapter, remember
@@ -458,7 +464,8 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
         force=args.force,
         **settings,
     )
-    export, calibration = export_adapter(args.adapter, run, job)
+    with allow_nonfinite() if args.allow_nonfinite else nullcontext():
+        export, calibration = export_adapter(args.adapter, run, job)
     if args.remember:
         remember(args.adapter, job, calibration)
     if args.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from loraplex.config import AdapterConfig, check_count
 from loraplex.engines import ENGINES, PORTABLE, Engine, engine_named
 from loraplex.files import check_target, replaced_folder, write_tensors
+from loraplex.finite import check_finite, is_finite
 from loraplex.lowrank import randomized_svd, svd_of_product
 from loraplex.model import tied_layers
 from loraplex.plain import partners, plain_config
@@ -149,7 +151,7 @@ def convert(
     for name, (A, B) in weights.items():
         wanted = dtype or torch.promote_types(named[name].lora_A.dtype, torch.float32)
         A, B = A.to(wanted), B.to(wanted)
-        if not (A.isfinite().all() and B.isfinite().all()):
+        if not all(map(is_finite, (A, B))) and all(map(is_finite, weights[name])):
             raise ValueError(f"The update of {name} does not fit into {wanted}: choose dtype float32 or bfloat16.")
         modules.append(ExportedModule(name, len(A), *difference(named[name], A, B)))
         state[f"{ROOT}{name}.lora_A.weight"] = pad(A, width, 0)
@@ -200,10 +202,9 @@ def lora_factors(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
                 "(rank=Rank(rank=R)), whose error is reported."
             )
         return _approximate(factors, rank)
-    for factor in form:
-        _check_finite(factor, factors)
     if rank == Rank() or (rank.rank is not None and rank.rank >= len(form[0])):
         return form
+    _check_can_approximate(factors, form)
     svd = svd_of_product(*form)
     return svd.factors(svd.rank() if rank.exact else rank.rank or _smallest(svd, rank.max_error))
 
@@ -211,8 +212,7 @@ def lora_factors(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
 def _approximate(factors: Update, rank: Rank) -> tuple[Tensor, Tensor]:
     out_features, in_features = factors.out_features, factors.in_features
     full = min(out_features, in_features)
-    for parameter in factors.parameters():  # type: ignore[union-attr]
-        _check_finite(parameter, factors)
+    _check_can_approximate(factors, factors.parameters())  # type: ignore[union-attr]
     width = min(rank.rank or 16, full)
     while True:
         try:
@@ -231,10 +231,11 @@ def _smallest(svd: Any, max_error: float | None) -> int:
     return next(k for k in range(1, svd.S.numel() + 1) if svd.error(k) <= max_error or k == svd.S.numel())
 
 
-def _check_finite(tensor: Tensor, factors: Update) -> None:
-    if not tensor.isfinite().all():
+def _check_can_approximate(update: Update, tensors: Iterable[Tensor]) -> None:
+    if not all(map(is_finite, tensors)):
         raise ValueError(
-            f"The adapter holds NaN or Inf on {factors.module_name}: it is broken; load an earlier checkpoint."
+            f"The adapter holds NaN or Inf on {update.module_name}: nothing of a given rank or error is near to it. "
+            "Load an earlier checkpoint."
         )
 
 
@@ -250,7 +251,10 @@ def _trained_in_full(model: nn.Module, config: AdapterConfig | LoraConfig, adapt
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     marks = ("_factors.", "_shared.", ".lora_")
-    return {key: tensor for key, tensor in state.items() if not any(mark in key for mark in marks)}
+    found = {key: tensor for key, tensor in state.items() if not any(mark in key for mark in marks)}
+    for key, tensor in found.items():
+        check_finite(key.removeprefix(ROOT), [tensor])
+    return found
 
 
 def _check_engine(

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex import base_weight
 from loraplex.config import AdapterConfig
+from loraplex.finite import check_factors
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 from loraplex.placement import Resident, device_of, is_offloaded, loaded
 from loraplex.products import add_product_, product
@@ -260,12 +261,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         return result
 
     def check_mergeable(self, adapter_names: list[str]) -> None:
-        """Raise a ValueError where the base can't take a merged weight, or an adapter has no constant ΔW."""
+        """Raise a ValueError where the base can't take a merged weight, or an adapter has no constant, finite ΔW."""
         present = [factors for name in adapter_names if (factors := self.factors(name)) is not None]
         if present and self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise ValueError(self._cannot_merge())
         for factors in present:
             factors.check_mergeable()
+            check_factors(factors)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -275,7 +277,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         the weight's dtype, has cost.
 
         Args:
-            safe_merge: refuse to merge where the result would hold NaN or Inf.
+            safe_merge: refuse to merge where the result would hold NaN or Inf: of the base weight, or by overflow.
             adapter_names: which adapters; None merges the active ones.
 
         Raises:

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from loraplex.attempt import running
 from loraplex.config import AdapterConfig
+from loraplex.finite import is_finite
 from loraplex.layer import AdapterLinear
-from loraplex.parallel import part
 from loraplex.sharing import FactorBank, SharedFactors
 from loraplex.updates import ROOT
 
@@ -279,7 +279,7 @@ def keep_values(model: nn.Module, keys: Iterable[str]) -> None:
 
 def warn_of_nonfinite(state: dict[str, Tensor], method: str) -> None:
     """Say in one line which modules of an adapter hold NaN or Inf."""
-    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if bad:
         marks = (f".{method.lower()}_factors.", f".{method.lower()}_shared.")
         names = []
@@ -290,8 +290,3 @@ def warn_of_nonfinite(state: dict[str, Tensor], method: str) -> None:
             "The adapter's weights hold NaN or Inf (%s): its outputs will too. Load an earlier checkpoint.",
             _listed(sorted(set(names))),
         )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    local = part(tensor)
-    return local.is_meta or bool(local.isfinite().all())

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from loraplex.field_types import shown
 from loraplex.files import check_target, replaced_folder, write_tensors
+from loraplex.finite import check_finite
 from loraplex.reading import file_name, read_json
 from loraplex.sharing import BANK
 from loraplex.updates import Update, adapted
@@ -80,12 +81,13 @@ def merge_checkpoint(
         output_dir: the new folder; it appears whole or not at all.
         adapter_name: which adapter.
         dtype: of the new weights; None keeps each weight's own.
-        safe: refuse to write NaN or Inf.
+        safe: refuse to write NaN or Inf, of the base's own or by overflow in `dtype`. The adapter's are refused anyway.
         force: replace a folder that is not empty.
 
     Raises:
         OtherLayout: the tensors in `base` have other names than in the model.
-        ValueError: ΔW is not constant, the base is quantised, or `safe` found NaN or Inf.
+        ValueError: ΔW is not constant, the base is quantised, or there is NaN or Inf in the adapter (see
+            `loraplex.allow_nonfinite`), or where `safe` forbids it.
     """
     check_target(output_dir, force)
     layers = adapted(model, adapter_name)
@@ -143,6 +145,8 @@ class _Plan:
         with _opened(self.base / file) as tensors:
             for key in keys:
                 trained = self.trained.get(key)
+                if trained is not None:
+                    check_finite(key, [trained])
                 yield key, trained.detach().cpu() if trained is not None else tensors.get_tensor(self.sources[key])
 
 

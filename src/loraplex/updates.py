@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraplex.config import AdapterConfig
+from loraplex.finite import check_factors
 from loraplex.layer import AdapterLinear, Factors, wide
 from loraplex.lowrank import norm_of_product, row_tiles
 from loraplex.products import product
@@ -77,7 +78,7 @@ def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list
     """The layers that `adapter_name` adapts, with its update: of one of our methods, or of PEFT's LoRA.
 
     Args:
-        mergeable: refuse updates that are no constant matrix.
+        mergeable: refuse updates that are no constant, finite matrix.
 
     Raises:
         ValueError: the model has no such adapter, or it is of another kind.
@@ -97,6 +98,7 @@ def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list
     if mergeable:
         for _, update in found:
             update.check_mergeable()
+            check_factors(update)
     return found
 
 

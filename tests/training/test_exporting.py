@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from math import isnan
 
 import pytest
 import torch
@@ -290,11 +291,18 @@ def spoil(model):
 @pytest.mark.parametrize("method", ["aslora", "dual_lora"])
 def test_broken_adapters(room, tmp_path, method, capsys):
     put(room / "llama", tmp_path / "adapter", method, change=spoil)
-    for command in (["export", "--rank", "2"], ["merge", "--safe"]):
+    for command in (["export", "--rank", "2"], ["merge"], ["merge", "--safe", "--allow-nonfinite"]):
         message = error(capsys, command[0], tmp_path / "adapter", "-o", tmp_path / "out", *command[1:])
         assert "NaN or Inf" in message
         assert "v_proj" in message
     assert os.listdir(tmp_path) == ["adapter"]
+    found = run(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out", "--allow-nonfinite")
+    assert any(isnan(module["lost"]) for module in found["modules"])
+    text(capsys, "merge", tmp_path / "adapter", "-o", tmp_path / "out", "--allow-nonfinite", "--force")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    broken = [key for key, tensor in merged.items() if not tensor.isfinite().all()]
+    assert broken
+    assert all("v_proj" in key for key in broken)
 
 
 # MASA's router
