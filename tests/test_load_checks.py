@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
@@ -441,12 +442,9 @@ def test_nonfinite_factors_are_announced(
 @every_plain
 def test_nothing_of_the_config_s_size_is_made(method: str, way: str, tmp_path: Path) -> None:
     """A file of a few kilobytes whose config asks for more than it holds."""
-    import json
-
     adapted(method).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
     changed = {"r": 30, "r_magnitude": None, "r_direction": None} if method == "dual_lora" else {"r": 30}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    edit_settings(tmp_path, **changed)
     make, load = WAYS[way]
     model = make()
     with h.Watch() as watch, pytest.raises(ValueError, match=r"\(.*\) in the adapter's weights and \("):
@@ -454,3 +452,65 @@ def test_nothing_of_the_config_s_size_is_made(method: str, way: str, tmp_path: P
     real = [shape for shape, name in watch.sizes.items() if 30 in shape and "empty" not in name and "meta" not in name]
     assert watch.meta or not real
     assert isinstance(model, nn.Module)
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "native", "native, tensors"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@every_plain
+def test_nonfinite_biases_are_announced(
+    method: str, bias: str, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained biases are the base model's own parameters: their names say nothing of an adapter."""
+    arch = ARCHS["roberta"]
+    get_peft_model(arch.build(), config(method, target_modules=arch.targets, bias=bias)).save_pretrained(tmp_path)
+    tensors = h.file_tensors(tmp_path)
+    tensors[next(key for key in sorted(tensors) if "query" in key and key.endswith(".bias"))][0] = math.nan
+    write(tensors, tmp_path)
+    with caplog.at_level(logging.WARNING, "loraplex"):
+        WAYS[way][1](arch.build(), tmp_path)
+    assert [record for record in caplog.records if "NaN" in record.getMessage()]
+
+
+# Messages, and modules that can't be trained in full
+
+
+@every_way
+@pytest.mark.parametrize("what", ["tensors", "targets", "base model"])
+def test_messages_are_short(what: str, way: str, tmp_path: Path) -> None:
+    """A file chooses its names; a message lists a few, and of each the beginning."""
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors.update({f"base_model.model.{n}{'x' * 5000}": torch.ones(2) for n in range(9)})
+
+    folder = edited("aslora", tmp_path, add if what != "targets" else lambda tensors: None)
+    if what != "tensors":
+        changed = {"target_modules": "x" * 5000} if what == "targets" else {"base_model_name_or_path": "x" * 5000}
+        edit_settings(folder, **changed)
+    make, load = WAYS[way]
+    with pytest.raises(ValueError, match=r"and 4 more" if what == "tensors" else "xxx") as caught:
+        load(make(), folder)
+    assert len(str(caught.value)) <= 3000
+
+
+@every_way
+@pytest.mark.parametrize("name", ["ayers", "s", "_factors"])
+def test_lists_of_modules_can_t_be_trained_in_full(name: str, way: str, tmp_path: Path) -> None:
+    """PEFT takes a name for the end of others: "ayers" is the end of "layers", and "_factors" of what we add."""
+    folder = edit_settings(edited("multilora", tmp_path, lambda tensors: None), modules_to_save=[name])
+    tensors = h.file_tensors(folder)
+    write({**tensors, "base_model.model.in_full": torch.ones(1)}, folder)
+    refused(way, folder, rf"modules_to_save=\['{name}'\] names more than modules that can be trained in full")
+
+
+def edit_settings(folder: Path, **changed: Any) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    return folder
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    """PEFT reads the settings a second time, and does not take one."""
+    folder = edited("masa-concat", tmp_path, lambda tensors: None)
+    file = folder / "adapter_config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    refused("loraplex.load_adapter", folder, "begins with a byte order mark")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{os.fspath(folder)} holds no adapter: {CONFIG_NAME} is missing.") from None
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}).") from None
+    with open(path, "rb") as file:
+        if file.read(3) == BOM_UTF8:
+            raise ValueError(f"{path} begins with a byte order mark, which PEFT can't read: save it as plain UTF-8.")
     kind = settings.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch(r"\w+", kind, re.ASCII):
         raise ValueError(

@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from loraplex.adapter_files import read_settings
 from loraplex.attempt import all_or_nothing
 from loraplex.config import AdapterConfig
-from loraplex.load_checks import warn_of_nonfinite
+from loraplex.load_checks import tensors_of, warn_of_nonfinite
 from loraplex.model import AdapterModel
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -98,7 +98,7 @@ def _load_into_transformers(method: Callable[..., Any]) -> Callable[..., Any]:
             name = given.get("adapter_name") or "default"
             config = self.peft_config[name]
             if isinstance(config, AdapterConfig):
-                warn_of_nonfinite({k: p for k, p in self.named_parameters() if f".{name}." in k}, config.method)
+                warn_of_nonfinite(tensors_of(self, name, config), config.method)
             return info
 
         return all_or_nothing(self, load, needs_us=True, weights=_weights(given))

@@ -22,6 +22,7 @@ from loraplex.lowrank import svd_of_product
 from loraplex.methods.aslora import check_merges
 from loraplex.methods.dual_lora import check_warmup
 from loraplex.plain import read_lora
+from loraplex.plain_settings import check_plain
 from loraplex.sharing import role
 
 _ROOT = "base_model.model."
@@ -127,6 +128,7 @@ def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "de
 def _settings(folder: str) -> dict[str, Any]:
     """The settings of a saved adapter; those of our methods are checked, and have all their fields."""
     settings = check_adapter_files(folder)
+    check_plain(folder, settings)
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(settings["peft_type"], PeftConfig)
     return cls.from_pretrained(folder).to_dict() if issubclass(cls, AdapterConfig) else settings
 

@@ -34,7 +34,8 @@ from loraplex.updates import ROOT
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 5
+_LISTED, _LONGEST = 5, 200
+"""How many names a message lists, and how many characters of each."""
 
 
 def shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SharedFactors]]:
@@ -167,6 +168,13 @@ def _own_keys(model: nn.Module, adapter_name: str, model_state: dict[str, Tensor
     return {*factors, *(key for key in model_state if f".modules_to_save.{adapter_name}." in key)}
 
 
+def tensors_of(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Tensor]:
+    """All that a file of this adapter holds, as `model` has it now: factors, copies, trained biases."""
+    model_state = model.state_dict()
+    keys = _own_keys(model, adapter_name, model_state) | _trained_biases(model, config, model_state)
+    return {key: model_state[key] for key in keys}
+
+
 def _misshapen(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> str | None:
     for key, tensor in state.items():
         place = model_state.get(key)
@@ -212,7 +220,7 @@ def _foreign(
 
 def _listed(keys: list[str]) -> str:
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return ", ".join(keys[:_LISTED]) + more
+    return ", ".join(key if len(key) <= _LONGEST else f"{key[:_LONGEST]}…" for key in keys[:_LISTED]) + more
 
 
 def _equal(tensor: Tensor, place: Tensor) -> bool:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.attempt import Attempt, all_or_nothing, running
 from loraplex.combine import add_weighted_adapter
 from loraplex.config import AdapterConfig
+from loraplex.field_types import shown
 from loraplex.layer import AdapterLinear
 from loraplex.load_checks import (
     check_config,
@@ -37,6 +38,7 @@ from loraplex.load_checks import (
 )
 from loraplex.packing import guard, release
 from loraplex.placement import refuse_loaded_with_parent
+from loraplex.reading import message_of
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
 from loraplex.updates import ROOT
 
@@ -86,8 +88,11 @@ class AdapterModel(BaseTuner):
             weights = weights_of(config)
             keys = [] if weights is None else self._rehearse(model, adapter_name, put, weights)
             all_or_nothing(model, change)
-        except BaseException:
+        except BaseException as error:
             self.peft_config.pop(adapter_name, None)
+            if isinstance(error, ValueError):
+                # PEFT's messages repeat what a config says, however long that is.
+                error.args = (message_of(error),)
             raise
 
     def _rehearse(
@@ -119,7 +124,16 @@ class AdapterModel(BaseTuner):
         state_dict: dict[str, Tensor] | None,
     ) -> None:
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except TypeError as error:
+            # PEFT takes a name for the end of any module's name, and then refuses lists of modules and adapted layers.
+            if not config.modules_to_save:
+                raise
+            raise ValueError(
+                f"modules_to_save={shown(config.modules_to_save)} names more than modules that can be trained in full "
+                f"({error}): give whole names of modules that compute something and are not adapted."
+            ) from error
         if config.shared_cls is not None:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 bank = link(model, adapter_name, config)

@@ -19,6 +19,7 @@ from loraplex.config import AdapterConfig
 from loraplex.engines import Engine
 from loraplex.field_types import shown
 from loraplex.layer import AdapterLinear
+from loraplex.plain_settings import check_plain
 from loraplex.sharing import layer_depth
 from loraplex.updates import ROOT, adapted, difference
 
@@ -100,7 +101,9 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
     Raises:
         ValueError: the folder holds no plain LoRA.
     """
-    kind = check_adapter_files(os.fspath(folder))["peft_type"]
+    settings = check_adapter_files(os.fspath(folder))
+    check_plain(folder, settings)
+    kind = settings["peft_type"]
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{folder} is an adapter of type {shown(kind)}, which PEFT does not know.")
     try:
@@ -121,7 +124,13 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
             r = _setting(config.rank_pattern, module, config.r)
             alpha = _setting(config.alpha_pattern, module, config.lora_alpha)
             scaling = alpha / (r**0.5 if config.use_rslora else r)
-            pairs[module] = A, tensors[f"{name}.lora_B.weight"].double() * scaling
+            B = tensors[f"{name}.lora_B.weight"]
+            if B.ndim != 2 or not r == len(A) == B.shape[1] or 0 in (*A.shape, *B.shape):
+                raise ValueError(
+                    f"{folder}: the factors of {module[:200]} are A {tuple(A.shape)} and B {tuple(B.shape)}, its "
+                    f"settings ask for rank {r}: they must be (r, in) and (out, r). Copy or download the adapter again."
+                )
+            pairs[module] = A, B.double() * scaling
     return pairs
 
 

@@ -49,7 +49,7 @@ def message_of(error: BaseException | str) -> str:
     text = printable(str(error))
     if len(text) <= MAX_MESSAGE:
         return text
-    half = MAX_MESSAGE // 2
+    half = MAX_MESSAGE // 2 - 40
     return f"{text[:half]} … ({len(text) - 2 * half:,} characters left out) … {text[-half:]}"
 
 

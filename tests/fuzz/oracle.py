@@ -313,6 +313,9 @@ class _Reader:
 def targeted(config: dict[str, Any], names: list[str]) -> list[str] | None:
     """Which of these linear modules the settings name; None where only PEFT can say."""
     targets = config.get("target_modules")
+    # PEFT adapts nothing in what is trained in full.
+    full = [rf"(^|.*\.){name}($|\..*)" for name in config.get("modules_to_save") or []]
+    names = [name for name in names if not any(re.match(pattern, name) for pattern in full)]
     simple = not any(config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     if not simple or targets is None or targets == "all-linear":
         return None

@@ -64,6 +64,16 @@ def test_resolved_configuration_reads_back_equal(file, tmp_path):
     assert load_run(saved) == run
 
 
+def test_settings_without_a_number_stay_what_they_are(file, tmp_path):
+    """null would choose PEFT's default targets; what was written is refused when the adapter's config is made."""
+    run = load(file, "--adapter.target_modules", ".inf")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(run))
+    assert load_run(saved).adapter["target_modules"] == float("inf")
+    with pytest.raises(ValueError, match="target_modules is inf"):
+        adapter_config(load_run(saved))
+
+
 @pytest.mark.parametrize(
     ("arguments", "read"),
     [
@@ -131,6 +141,8 @@ def test_unknown_key_names_the_nearest(file, arguments, parts):
         (["--train.seed", "--adapter.r=3"], ["--train.seed has no value"]),
         (["stray"], ["'stray' stands where an option is expected"]),
         (["--train.seed", "[1"], ["the value of --train.seed is not valid YAML"]),
+        (["--train.seed", '"\\UFFFFFFFF"'], ["the value of --train.seed holds an escape that is no character"]),
+        (["--data.0.split", "x" * 501], ["data.0.split is 'xxx", "at most 500 characters"]),
     ],
 )
 def test_wrong_value_says_what_and_where(file, arguments, parts):

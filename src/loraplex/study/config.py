@@ -68,7 +68,14 @@ class GeneralText(BaseModel):
 class StudyConfig(BaseModel):
     """One study."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+    # As in a run: NaN and Inf in an adapter's settings must not turn into null before they are checked.
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
+    )
 
     title: str = Field("", description="heading of the report; default: the file's name")
     model: PathText = Field(description="as in a run; likewise gguf_file, revision, trust_remote_code, dtype, task")

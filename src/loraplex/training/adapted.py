@@ -17,6 +17,7 @@ from loraplex.adapter_files import check_adapter_files, read_settings
 from loraplex.evaluate import Evaluator, Metrics
 from loraplex.field_types import shown
 from loraplex.files import recover
+from loraplex.plain_settings import check_plain
 from loraplex.reading import message_of, read_json
 from loraplex.training.arguments import config_class, method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
@@ -126,6 +127,7 @@ def adapter_json(adapter: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} has a megatron_config, for which PEFT imports code: remove it, or load it yourself.")
     if settings["peft_type"] == "XLORA":
         raise ConfigError(f"{path} is an X-LoRA adapter, which names other folders to load: load it with PEFT.")
+    check_plain(adapter, settings)
     return settings
 
 

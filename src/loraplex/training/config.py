@@ -75,7 +75,14 @@ class TrainSection(BaseModel):
 class RunConfig(BaseModel):
     """One training run."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
+    # Settings of adapters are checked later: until then their NaN and Inf must not turn into null on the way.
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",
+    )
 
     model: PathText = Field(description="hub id, local folder, or package:NAME")
     gguf_file: PathText | None = Field(None, description="GGUF file inside the model's folder or repository")

@@ -139,7 +139,7 @@ def _answered(spec: DataSpec, labels: Mapping[str, str] | None, row: Row, where:
     prompt = _render(spec, spec.prompt, labels, row, where)
     response = _render(spec, spec.response, labels, row, where)
     if not response.strip():
-        raise ValueError(f"{where}: the response {spec.response!r} comes out empty: fill the column in")
+        raise ValueError(f"{where}: the response {shown(spec.response)} comes out empty: fill the column in")
     example: Example = dict(zip(("prompt", "completion"), _pair(prompt, response, chat), strict=True))
     choices = _choices(spec, labels, row, where)
     if choices is None:

@@ -30,8 +30,10 @@ def _without_null(text: str) -> str:
 
 Whole = Annotated[int, Field(le=2**31 - 1)]
 """An integer that every library behind it can take."""
-PathText = Annotated[str, AfterValidator(_without_null)]
+PathText = Annotated[str, Field(max_length=4096), AfterValidator(_without_null)]
 """What becomes a path, or a name on the hub."""
+Name = Annotated[str, Field(max_length=500)]
+"""The name of a split, a column and the like; messages repeat it."""
 
 
 class DataSpec(BaseModel):
@@ -42,17 +44,17 @@ class DataSpec(BaseModel):
     path: PathText = Field(
         min_length=1, description="File (.jsonl, .json, .csv, .parquet), folder, hub id or package:NAME"
     )
-    name: str = Field("", description="What reports call the task; the last part of `path` if left out")
-    split: str = Field("train", description="Split to train on, where `path` has splits")
-    subset: str | None = Field(None, description="Configuration of a hub data set, or subset of a packaged one")
+    name: Name = Field("", description="What reports call the task; the last part of `path` if left out")
+    split: Name = Field("train", description="Split to train on, where `path` has splits")
+    subset: Name | None = Field(None, description="Configuration of a hub data set, or subset of a packaged one")
     eval_path: PathText | None = Field(None, description="Separate held-out data, in any form that `path` may have")
-    eval_split: str | None = Field(None, description="Split to evaluate on, of `eval_path` or else of `path`")
+    eval_split: Name | None = Field(None, description="Split to evaluate on, of `eval_path` or else of `path`")
     eval_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to hold out at random")
     eval_size: Whole | None = Field(None, gt=0, description="Number of held-out rows, drawn at random")
     test_path: PathText | None = Field(
         None, description="Data to test on, which no training run looks at; like eval_path"
     )
-    test_split: str | None = Field(None, description="Split to test on, of `test_path` or else of `path`")
+    test_split: Name | None = Field(None, description="Split to test on, of `test_path` or else of `path`")
     test_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to test on, drawn at random")
     test_size: Whole | None = Field(None, gt=0, description="Number of rows to test on, drawn at random")
     split_seed: Whole | None = Field(
@@ -62,12 +64,12 @@ class DataSpec(BaseModel):
     max_examples: Whole | None = Field(None, gt=0, description="Train on at most so many rows, drawn at random")
     prompt: str | None = Field(None, description="Template over the columns, e.g. 'Review: {text}\\nSentiment:'")
     response: str | None = Field(None, description="Template of the answer, e.g. '{label}'")
-    messages: str | None = Field(None, description="Column of chat messages (role, content), instead of templates")
+    messages: Name | None = Field(None, description="Column of chat messages (role, content), instead of templates")
     labels: dict[str, str] | None = Field(None, description="Raw label to answer text or class name")
-    text_column: str = Field("text", description="Text to classify")
-    text_pair_column: str | None = Field(None, description="Second text to classify together with the first")
-    label_column: str = Field("label", description="Column that `labels` translates; the class to predict")
-    choices: list[str] | str | None = Field(
+    text_column: Name = Field("text", description="Text to classify")
+    text_pair_column: Name | None = Field(None, description="Second text to classify together with the first")
+    label_column: Name = Field("label", description="Column that `labels` translates; the class to predict")
+    choices: list[str] | Name | None = Field(
         None, description="Candidate answers, or the column that lists them: evaluation scores them by likelihood"
     )
 

@@ -104,6 +104,9 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {message_of(error)}") from None
+    except (OverflowError, ValueError) as error:
+        # PyYAML's scanner hands an escape such as "\UFFFFFFFF" to `chr` as it stands.
+        raise ConfigError(f"{source} holds an escape that is no character ({message_of(error)}).") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
