@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import ARCHS
+from loraplex.cli import main
 from loraplex.inspect import describe
 from loraplex.plain import read_lora
 from loraplex.training.adapted import adapter_json
@@ -76,6 +77,24 @@ def test_shapes(kind: str, tmp_path: Path) -> None:
     for read in (describe, read_lora):
         with pytest.raises(ValueError, match=r"factors of model\.layers\.0\.self_attn\.q_proj are A \(2, .*rank 2"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_half_a_pair(factor: str, tmp_path: Path) -> None:
+    tensors = load_file(lora(tmp_path) / "adapter_model.safetensors")
+    del tensors[FACTOR.replace("lora_B", factor)]
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    for read in (describe, read_lora):
+        with pytest.raises(ValueError, match=rf"lacks .*layers\.0\.self_attn\.q_proj\.{factor}"):
+            read(tmp_path)
+
+
+def test_an_adapted_embedding_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no rank and no norm in the table, and stops nothing."""
+    model = get_peft_model(LLAMA.build(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "–" in next(line for line in capsys.readouterr().out.splitlines() if "embed_tokens" in line)
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])

@@ -23,6 +23,8 @@ from loraplex.plain_settings import check_plain
 from loraplex.sharing import layer_depth
 from loraplex.updates import ROOT, adapted, difference
 
+_FACTORS = (".lora_A.weight", ".lora_B.weight")
+
 
 def plain_config(
     model: nn.Module, config: AdapterConfig | LoraConfig, modules: list[str], rank: int, extras: dict[str, Tensor]
@@ -114,24 +116,29 @@ def read_lora(folder: str | os.PathLike[str]) -> dict[str, tuple[Tensor, Tensor]
         kind = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
         raise ValueError(f"{folder} is a {kind} adapter, not a plain LoRA.")
     tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-    pairs = {}
-    for key, A in tensors.items():
-        if key.endswith(".lora_A.weight") and A.ndim == 2:
-            name = key.removesuffix(".lora_A.weight")
-            module = name.removeprefix(ROOT)
-            if f"{name}.lora_B.weight" not in tensors:
-                raise ValueError(f"{folder} lacks {name}.lora_B.weight: copy or download the adapter again.")
-            r = _setting(config.rank_pattern, module, config.r)
-            alpha = _setting(config.alpha_pattern, module, config.lora_alpha)
-            scaling = alpha / (r**0.5 if config.use_rslora else r)
-            B = tensors[f"{name}.lora_B.weight"]
-            if B.ndim != 2 or not r == len(A) == B.shape[1] or 0 in (*A.shape, *B.shape):
-                raise ValueError(
-                    f"{folder}: the factors of {module[:200]} are A {tuple(A.shape)} and B {tuple(B.shape)}, its "
-                    f"settings ask for rank {r}: they must be (r, in) and (out, r). Copy or download the adapter again."
-                )
-            pairs[module] = A, B.double() * scaling
-    return pairs
+    names = {key.rpartition(".lora_")[0] for key, t in tensors.items() if key.endswith(_FACTORS) and t.ndim == 2}
+    return {name.removeprefix(ROOT): _pair(folder, name, tensors, config) for name in sorted(names)}
+
+
+def _pair(
+    folder: str | os.PathLike[str], name: str, tensors: dict[str, Tensor], config: LoraConfig
+) -> tuple[Tensor, Tensor]:
+    """A and B of the module `name`, scaling inside B."""
+    for key in (f"{name}{factor}" for factor in _FACTORS):
+        if key not in tensors:
+            raise ValueError(f"{folder} lacks {key[:200]}: copy or download the adapter again.")
+    A, B = (tensors[f"{name}{factor}"] for factor in _FACTORS)
+    module = name.removeprefix(ROOT)
+    r = _setting(config.rank_pattern, module, config.r)
+    alpha = _setting(config.alpha_pattern, module, config.lora_alpha)
+    # On parameters of experts the factors of all of them lie side by side.
+    width = len(A) if config.target_parameters and A.ndim == 2 and len(A) % r == 0 else r
+    if A.ndim != 2 or B.ndim != 2 or not width == len(A) == B.shape[1] or 0 in (*A.shape, *B.shape):
+        raise ValueError(
+            f"{folder}: the factors of {module[:200]} are A {tuple(A.shape)} and B {tuple(B.shape)}, its settings ask "
+            f"for rank {r}: they must be (r, in) and (out, r). Copy or download the adapter again."
+        )
+    return A, B.double() * (alpha / (r**0.5 if config.use_rslora else r))
 
 
 def _setting(pattern: dict[str, float] | None, module: str, default: float) -> float:

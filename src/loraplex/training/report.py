@@ -154,12 +154,17 @@ def _print_modules(description: Description, console: Console) -> None:
     table = _table("Modules", "module", "factors", "parameters", *more, *(["error"] if description.against else []))
     for row in description.modules:
         factors = ", ".join(f"{_short(name)} {'×'.join(map(str, shape))}" for name, shape in row.factors.items())
-        numbers = [str(row.rank), f"{row.norm:.4g}"] if plain else []
-        error = [f"{description.against[row.module]:.2e}"] if description.against else []
+        # Embeddings and convolutions have neither.
+        numbers = [_or_dash(row.rank, "d"), _or_dash(row.norm, ".4g")] if plain else []
+        error = [_or_dash(description.against.get(row.module), ".2e")] if description.against else []
         table.add_row(row.module, factors, f"{row.parameters:,}", *numbers, *error)
     for name, parameters in description.fully_trained.items():
         table.add_row(name, "trained in full", f"{parameters:,}")
     console.print(table)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def print_export(export: LoraExport | MergedExport, calibration: Calibration | None) -> None:
