@@ -82,6 +82,11 @@ def cut(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.nn.functional.pad(mine, (0, size - mine.numel()))
 
 
+def whole_shape(like: Tensor) -> torch.Size:
+    """The shape of the tensor that `whole` makes."""
+    return like.ds_shape if _is_zero3(like) else like.shape  # type: ignore[attr-defined]
+
+
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor`, which all ranks hold, on the mesh of `like` if that is a DTensor."""
     if not isinstance(like, DTensor):

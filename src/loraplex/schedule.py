@@ -14,16 +14,16 @@ checkpoints hold a file of their own.
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
@@ -33,6 +33,7 @@ from loraplex.hidden_optimizer import Watch
 from loraplex.optimizer_steps import follow, holds
 from loraplex.parallel import cut, ddp_group, first_decides, is_sharded, part, ranks_of, whole
 from loraplex.sharing import FactorBank, SharedFactors
+from loraplex.training_state import check_training_state, read_training_state
 
 StateOf = Callable[[nn.Parameter], dict[str, Any]]
 
@@ -43,6 +44,9 @@ _UNKNOWN = object()
 
 class Scheduled(SharedFactors):
     """Shared factors with a schedule. A method says which parameters it trains and what an update changes."""
+
+    kept: ClassVar[dict[str, bool]] = {}
+    """What a method keeps for each parameter while it trains: name → whether it counts steps."""
 
     def __init__(self, *args: Any) -> None:
         self.total_steps: int | None = None
@@ -231,13 +235,14 @@ class Scheduled(SharedFactors):
     def load_training_state(self, state: dict[str, Tensor]) -> None:
         """Go on from `training_state`, on any number of ranks and under any engine."""
         parameters = dict(self.named_parameters())
+        found = check_training_state(state, parameters, self.kept)
         self._private_state = {}
-        for path, value in state.items():
-            name, key = path.split("/")
+        for name, entries in found.items():
             like = parameters[name]
-            entry = cut(value.to(part(like).device), like) if value.ndim else value.item()
-            if key != "explicit":  # a mark of earlier versions
-                self._private_state.setdefault(name, {})[key] = entry
+            self._private_state[name] = {
+                key: cut(value.to(part(like).device), like) if value.ndim else value.item()
+                for key, value in entries.items()
+            }
 
     def restart_averages(self) -> None:
         """Forget what was gathered in training, to begin another run. Nothing by default."""
@@ -368,10 +373,19 @@ def save_schedules(model: nn.Module, folder: Path) -> None:
 
 
 def load_schedules(model: nn.Module, folder: Path) -> None:
-    """Read what `save_schedules` wrote into a checkpoint; nothing if it wrote nothing."""
-    if not (folder / SCHEDULE_NAME).is_file():
+    """Read what `save_schedules` wrote into a checkpoint; nothing if it wrote nothing.
+
+    Raises:
+        ValueError: the file is broken, or of another adapter; then no schedule has changed.
+    """
+    path = folder / SCHEDULE_NAME
+    if not os.path.lexists(path):
         return
-    found = load_file(folder / SCHEDULE_NAME)
+    found, states = read_training_state(path), []
     for name, shared in schedules(model):
         prefix = f"{name}/"
-        shared.load_training_state({k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)})
+        states.append((shared, {k.removeprefix(prefix): t for k, t in found.items() if k.startswith(prefix)}))
+    for shared, state in states:
+        check_training_state(state, dict(shared.named_parameters()), shared.kept)
+    for shared, state in states:
+        shared.load_training_state(state)

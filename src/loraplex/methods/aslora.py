@@ -104,6 +104,8 @@ def check_merges(name: str, merges: Tensor) -> None:
 class AsLoraShared(Scheduled):
     """A and all B's of each family, and which layer reads which B."""
 
+    kept: ClassVar[dict[str, bool]] = {"aslora_steps": True, "aslora_average": False}
+
     def add_shared(self, config: AsLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
         self.config = config
         self.maps: dict[str, list[int]] = {}
