@@ -284,6 +284,21 @@ def test_a_tensor_twice(tmp_path: Path) -> None:
         PeftModel.from_pretrained(LLAMA.build(), folder)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_module_in_full_twice(same: bool, tmp_path: Path) -> None:
+    """PEFT saves some of them a second time, under the name that they have in the model."""
+    key = "base_model.model.lm_head.weight"
+
+    def twice(tensors: dict[str, Tensor]) -> None:
+        tensors[key.replace("weight", "modules_to_save.default.weight")] = tensors[key] + (0 if same else 1)
+
+    folder = edited("multilora", tmp_path, twice, modules_to_save=["lm_head"])
+    if same:
+        PeftModel.from_pretrained(LLAMA.build(), folder)
+    else:
+        refused("from_pretrained", folder, r"lm_head\.weight twice, with different values")
+
+
 def test_set_peft_model_state_dict_takes_no_other_tensors() -> None:
     model = adapted("multilora")
     state = {**get_peft_model_state_dict(model), "base_model.model.lm_head.weight": torch.zeros(h.VOCAB, h.HIDDEN)}

@@ -278,6 +278,33 @@ def test_a_converter_that_is_killed_leaves_nothing_to_the_next(tmp_path: Path) -
     assert not list(cache.root.glob(f".*{digest}*"))
 
 
+@pytest.mark.parametrize(
+    "note", [{}, [], {"method": 5, "source": "x", "files": {}}, {"method": "MASA", "source": "x", "files": []}]
+)
+def test_a_broken_note_is_an_entry_that_is_not_there(
+    note: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder, base = saved(tmp_path, "multilora")
+    cache = PlainCache()
+    path = to_plain(folder, base)
+    (cache.root / f"{path.name}.json").write_text(json.dumps(note))
+    assert cache.find(path.name) is None
+    assert cache.entries() == []
+    assert main(["cache"]) == 0
+    assert "0 converted adapters" in capsys.readouterr().out
+    assert to_plain(folder, base) == path
+    assert len(cache.entries()) == 1
+
+
+def test_what_is_remembered_of_a_folder_leads_nowhere_else() -> None:
+    """A digest that is a path would mark a folder elsewhere as used."""
+    cache = PlainCache()
+    for digest, known in [("0" * 40, True), ("../" + "0" * 40, False), ("/", False), ("", False)]:
+        cache.see("key", [1], digest)
+        assert cache.seen("key", [1]) == (digest if known else None)
+        assert cache.seen("key", [2]) is None
+
+
 def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
     for index in range(3):

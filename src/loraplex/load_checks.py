@@ -104,7 +104,9 @@ def to_model_keys(
                 for key in found:
                     in_full[f"{name}.{own}"] = state.pop(key)
                     # With trained biases PEFT saves those of such modules a second time, under this name.
-                    state.pop(f"{ROOT}{name}.{own}", None)
+                    again = state.pop(f"{ROOT}{name}.{own}", None)
+                    if again is not None and not _same(again, in_full[f"{name}.{own}"]):
+                        raise ValueError(f"The adapter's weights hold {name}.{saved} twice, with different values.")
     state |= in_full
     placed = BaseTuner._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
     check_none_lost(state, placed)
@@ -226,6 +228,10 @@ def _listed(keys: list[str]) -> str:
 def _equal(tensor: Tensor, place: Tensor) -> bool:
     """Whether loading would change nothing."""
     return not (tensor.is_meta or place.is_meta) and torch.equal(tensor.to(place), place)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and (one.is_meta or other.is_meta or torch.equal(one, other))
 
 
 def _trained_biases(model: nn.Module, config: AdapterConfig, model_state: dict[str, Tensor]) -> set[str]:

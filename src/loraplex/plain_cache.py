@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loraplex.reading import printable
 from loraplex.wish import read_json
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ _GRACE = 600.0
 """Seconds after its last use in which an entry is not removed: whoever asked for it is about to load it."""
 _DEFAULT_GIB = 20.0
 _SMALL = 1 << 20
+_DIGEST = re.compile("[0-9a-f]{40}")
 
 
 def cache_folder() -> Path:
@@ -81,7 +84,7 @@ class PlainCache:
         """The folder of this content, marked as used now; None if it is not there or not whole."""
         path = self.root / digest
         try:
-            sizes = read_json(self._note(digest), _SMALL)["files"]
+            sizes = self._read_note(digest)["files"]
             if any((path / name).stat().st_size != size for name, size in sizes.items()):
                 return None
         except (OSError, ValueError):
@@ -125,10 +128,10 @@ class PlainCache:
         for path in self.root.iterdir() if self.root.is_dir() else ():
             if path.is_dir() and not path.name.startswith(".") and self._note(path.name).is_file():
                 try:
-                    note = read_json(self._note(path.name), _SMALL)
+                    note = self._read_note(path.name)
                     size = sum(file.stat().st_size for file in path.iterdir())
                     found.append(Entry(path, note["method"], note["source"], size, path.stat().st_mtime))
-                except (OSError, ValueError, KeyError):
+                except (OSError, ValueError):
                     _LOG.debug("%s went away, or is not whole", path)
         return sorted(found, key=lambda entry: -entry.last_used)
 
@@ -181,7 +184,9 @@ class PlainCache:
             note = read_json(self.root / "seen" / f"{key}.json", _SMALL)
         except (OSError, ValueError):
             return None
-        return note.get("digest") if note.get("signature") == signature else None
+        digest = note.get("digest")
+        known = isinstance(digest, str) and _DIGEST.fullmatch(digest) and note.get("signature") == signature
+        return digest if known else None
 
     def see(self, key: str, signature: list[Any], digest: str) -> None:
         """Remember a folder's content by its files' times and sizes."""
@@ -195,11 +200,19 @@ class PlainCache:
                 digest = read_json(path, _SMALL).get("digest")
             except (OSError, ValueError):
                 digest = None
-            if not isinstance(digest, str) or not (self.root / digest).is_dir():
+            if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or not (self.root / digest).is_dir():
                 path.unlink(missing_ok=True)
 
     def _note(self, digest: str) -> Path:
         return self.root / f"{digest}.json"
+
+    def _read_note(self, digest: str) -> dict[str, Any]:
+        """What is written about an entry; a ValueError if it is not what `put` writes."""
+        note = read_json(self._note(digest), _SMALL)
+        texts, sizes = (note.get("method"), note.get("source")), note.get("files")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(sizes, dict):
+            raise ValueError(f"{self._note(digest)} is no note of a converted adapter.")
+        return note
 
     def _remove(self, path: Path) -> None:
         # Renamed first, so that a reader finds a whole folder or none.
@@ -221,9 +234,8 @@ def print_entries(cache: PlainCache, entries: list[Entry]) -> None:
     """Print a table of entries: sizes, last uses, and where they came from."""
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        print(
-            f"{entry.path.name[:12]}  {entry.method.lower():9}  {entry.size / 2**20:9.1f} MiB  {used}  {entry.source}"
-        )
+        size = f"{entry.size / 2**20:9.1f} MiB"
+        print(printable(f"{entry.path.name[:12]}  {entry.method.lower():9}  {size}  {used}  {entry.source}"))
     total = sum(entry.size for entry in entries) / 2**20
     print(f"{len(entries)} converted adapters, {total:.1f} MiB, in {cache.root}")
 

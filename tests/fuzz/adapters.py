@@ -48,6 +48,8 @@ class Folder:
     """Instead of `tensors`."""
     without: frozenset[str] = frozenset()
     more: dict[str, bytes] | None = None
+    links: dict[str, str] | None = None
+    """Name → what it points to, in place of any file of that name."""
     harmless: bool = True
     """Nothing that was done may keep the adapter from loading."""
 
@@ -67,6 +69,14 @@ class Folder:
             path = place / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+        for name, goal in (self.links or {}).items():
+            path = place / name
+            if not path.is_dir():
+                # What it stood for lies one folder up, as in the hub's cache.
+                if path.is_file() and goal == "../blob":
+                    path.rename(place.parent / "blob")
+                path.unlink(missing_ok=True)
+                path.symlink_to(goal)
 
 
 def good(room: Room, name: str) -> Folder:
@@ -83,7 +93,7 @@ def hostile(draw: Draw, room: Room, names: tuple[str, ...] = OURS) -> Folder:
         return folder
     folder.harmless = False
     for _ in range(draw.times()):
-        part = draw.choices([_settings, _weights, _beside], [5, 6, 0.5])[0]
+        part = draw.choices([_settings, mutate_weights, _beside], [5, 6, 0.5])[0]
         part(draw, folder, room)
     return folder
 
@@ -96,6 +106,8 @@ def _harmless(draw: Draw, folder: Folder) -> None:
     folder.config = dict(draw.sample(sorted(folder.config.items(), key=str), len(folder.config)))
     if draw.chance(0.5):
         folder.more = {"README.md": b"\xff\xfe no text", "notes.json": b"{", "evil.py": EVIL.encode()}
+    if draw.chance(0.3):
+        folder.links = {"adapter_model.safetensors": "../blob"}
     if draw.chance(0.3):
         header, data = raw.header_of(folder.tensors, {"format": "pt", "by": "\u202e"})
         folder.weights_bytes = raw.pack(json.dumps(header).encode() + b"   ", data)
@@ -185,7 +197,8 @@ def _another_method(draw: Draw, folder: Folder, room: Room) -> None:
 # Weights
 
 
-def _weights(draw: Draw, folder: Folder, room: Room) -> None:
+def mutate_weights(draw: Draw, folder: Folder, room: Room) -> None:
+    """One mutation of the tensors, or of the file that they lie in."""
     if not folder.tensors:
         return
     actions: list[Callable[[Draw, Folder, Room], None]] = [
@@ -393,6 +406,15 @@ def _replace_file(draw: Draw, folder: Folder, room: Room) -> None:
 
 
 def _beside(draw: Draw, folder: Folder, room: Room) -> None:
+    if draw.chance(0.4):
+        name = draw.choice(["adapter_model.safetensors", "adapter_config.json", "README.md", "loraplex.json",
+                            "labels.json", "run.yaml", ".loraplex.json", "adapter_model.bin"])  # fmt: skip
+        goal = draw.choice(
+            ["../blob", "../blob", "/etc/passwd", "/dev/zero", "/dev/null", "nowhere", "../..", name, "."]
+        )
+        folder.links = {**(folder.links or {}), name: goal}
+        draw.note(f"{name} → {goal}")
+        return
     name = draw.choice(["evil.py", "README.md", "run.yaml", "labels.json", "config.json", "adapter_config.json/x",
                         "model.safetensors", "tokenizer_config.json", "__init__.py", "added_tokens.json"])  # fmt: skip
     if name == "adapter_config.json/x":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraplex.cli import main
+from loraplex.wish import WISH_NAME, Wish
 from tests.fuzz import adapters, oracle, raw
 from tests.fuzz.adapters import EVIL
 from tests.fuzz.draw import TEXTS, Draw, mutate_bytes, mutate_json, mutate_tree, short
@@ -41,9 +43,10 @@ def run(draw: Draw, room: Room, place: Path, watch: Watch) -> Result:
     (place / "out").mkdir()
     places = files_of(place, place / "out")
     code, path = -1, list(sys.path)
-    with watch.on(place, place / "out", *_caches(room)) as seen:
+    open_to = [place / arguments[1]] if "--remember" in arguments else [place / "cache"] if command == "cache" else []
+    with watch.on(place, place / "out", *open_to, *_caches(room)) as seen:
         try:
-            with limited(10), captured() as streams:
+            with limited(10), captured() as streams, _cache_of(place, command):
                 code = main(arguments)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -52,7 +55,12 @@ def run(draw: Draw, room: Room, place: Path, watch: Watch) -> Result:
     out, err = streams
     sys.path[:] = path
     result.problems += [f"forbidden: {event}" for event in seen]
-    if files_of(place, place / "out") != places:
+    after = files_of(place, place / "out")
+    if code == 0 and "--remember" in arguments:
+        _check_remembered(result, place, arguments, places, after)
+    if arguments == ["cache", "clear"]:
+        places, after = ({n: s for n, s in files.items() if not n.startswith("cache")} for files in (places, after))
+    if after != places:
         result.bad("files changed")
     draw.note(f"loraplex {short(arguments, 300)}")
     result.mutations = draw.log
@@ -61,6 +69,31 @@ def run(draw: Draw, room: Room, place: Path, watch: Watch) -> Result:
     if code == 0 and not result.problems and command in ("export", "merge"):
         _check_written(result, room, place, arguments)
     return result
+
+
+@contextmanager
+def _cache_of(place: Path, command: str) -> Any:
+    """The command `cache` reads the case's own cache."""
+    before = os.environ["LORAPLEX_CACHE"]
+    if command == "cache":
+        os.environ["LORAPLEX_CACHE"] = str(place / "cache")
+    try:
+        yield
+    finally:
+        os.environ["LORAPLEX_CACHE"] = before
+
+
+def _check_remembered(result: Result, place: Path, arguments: list[str], *files: dict[str, Any]) -> None:
+    """Nothing but loraplex.json was written beside the adapter, whole; what it replaced may have been a link."""
+    name = f"{arguments[1]}/{WISH_NAME}"
+    for found in files:
+        found.pop(name, None)
+    if (place / name).is_symlink():
+        result.bad("loraplex.json is still a link")
+    try:
+        Wish.read(place / arguments[1])
+    except ValueError as error:
+        result.bad(f"remembers what can't be read: {error}", error)
 
 
 def _caches(room: Room) -> tuple[Path, ...]:
@@ -214,7 +247,8 @@ def _export(draw: Draw, room: Room, place: Path) -> list[str]:
     arguments = ["export", adapter.name, "-o", "out/result"]
     options = [["--rank", "8"], ["--compress", "exact"], ["--engine", "peft"], ["--dtype", "bfloat16"], ["--json"],
                ["--format", "merged"], ["--max-error", "0.1"], ["--engine", "vllm"], ["--rank", "0"], ["--force"],
-               ["--calibration"], ["--calibration", str(room.folder / "data.jsonl")]]  # fmt: skip
+               ["--calibration"], ["--calibration", str(room.folder / "data.jsonl")],
+               ["--remember"], ["--remember"]]  # fmt: skip
     for _ in range(draw.choice([0, 1, 1, 2])):
         arguments += draw.choice(options)
     return arguments + _overrides(draw)
@@ -273,6 +307,37 @@ def _budget(draw: Draw, room: Room, place: Path) -> list[str]:
     return arguments
 
 
+def _cache(draw: Draw, room: Room, place: Path) -> list[str]:
+    """A cache of converted adapters, of which anything may be broken."""
+    root = place / "cache" / "plain"
+    (root / "seen").mkdir(parents=True)
+    for name in (digest * 40 for digest in draw.choice(["0", "0a", "0af"])):
+        (root / name).mkdir()
+        (root / name / "adapter_model.safetensors").write_bytes(b"x" * 9)
+        note: Any = {"method": "MASA", "source": str(place / "adapter"), "files": {"adapter_model.safetensors": 9}}
+        for _ in range(draw.choice([0, 1, 1, 2])):
+            note = mutate_tree(draw, note, ["method", "source", "files", "x"])
+        content = mutate_json(draw, note) if draw.chance(0.2) else adapters.dumps(note)
+        (root / f"{name}.json").write_bytes(content)
+        mark = {
+            "signature": [1],
+            "digest": draw.choice([name, "..", "../../out", "/", "", 5, None, "\x00", "x" * 5000]),
+        }
+        (root / "seen" / f"{name}.json").write_bytes(adapters.dumps(mark) if draw.chance(0.8) else b"[")
+    (place / "victim").mkdir()
+    kind = draw.choice(["none", "link", "folder", "held"])
+    draw.note(f"cache: {kind}")
+    if kind == "link":
+        (root / ("b" * 40)).symlink_to(place / "victim")
+        (root / f"{'b' * 40}.json").write_bytes(adapters.dumps({"method": "MASA", "source": "x", "files": {}}))
+    elif kind == "folder":
+        (root / "seen" / "folder.json").mkdir()
+        (root / f"{'c' * 40}.json").mkdir()
+    elif kind == "held":
+        (root / f"{'0' * 40}.held").mkdir()
+    return draw.choice([["cache"], ["cache", "--json"], ["cache", "clear"], ["cache", "list"], ["cache", "x"]])
+
+
 def _train(draw: Draw, room: Room, place: Path) -> list[str]:
     (place / "run.yaml").write_bytes(room.placed(document(draw, run_tree())))
     return ["train", "run.yaml", "--dry-run"]
@@ -289,6 +354,7 @@ _COMMANDS: dict[str, tuple[float, Callable[[Draw, Room, Path], list[str]]]] = {
     "inspect": (4, _inspect),
     "eval": (1.2, _eval),
     "budget": (1.2, _budget),
+    "cache": (0.7, _cache),
     "train --dry-run": (1.5, _train),
     "compare --dry-run": (1.5, _compare),
 }

@@ -1,4 +1,4 @@
-"""Adapter folders through the functions that read them without a model: describe, to_plain."""
+"""Adapter folders through the functions that read them without a model, and what a checkpoint keeps of a schedule."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from loraplex import to_plain
+from loraplex import load_schedules, save_schedules, step, to_plain
 from loraplex.inspect import describe
-from tests.fuzz import oracle
-from tests.fuzz.adapters import Folder, dumps
+from tests.fuzz import oracle, raw
+from tests.fuzz.adapters import Folder, dumps, mutate_weights
 from tests.fuzz.commands import linear_shapes, plain_update
 from tests.fuzz.draw import Draw, mutate_json, mutate_tree
 from tests.fuzz.room import Room
@@ -105,8 +105,59 @@ def _check(result: Result, folder: Folder, target: Path, written: Path) -> None:
             result.bad(f"{name}: the plain LoRA is not the adapter's update")
 
 
+def read_schedules(draw: Draw, room: Room, result: Result, folder: Folder, target: Path, watch: Watch) -> None:
+    """`load_schedules` takes what a checkpoint keeps of a schedule whole, or leaves all as it was."""
+    model = room.host("aslora")
+    for _ in range(2):
+        # No optimizer is told of: what is averaged stays beside the adapter.
+        step(model)
+    target.mkdir()
+    save_schedules(model, target)
+    file = target / "schedule.safetensors"
+    state = Folder(room, "aslora", None, raw.read(file))
+    draw.log[:] = ["schedule"]
+    for _ in range(draw.times()):
+        mutate_weights(draw, state, room)
+    if state.weights_bytes is None:
+        raw.write(file, state.tensors)
+    else:
+        file.write_bytes(state.weights_bytes)
+    shared = model.base_model.shared("default")
+    before = _kept(shared)
+    _call(result, target, watch, lambda: load_schedules(model, target))
+    if result.outcome == "refused":
+        if _kept(shared) != before:
+            result.bad("a refused training state changed the schedule")
+        return
+    try:
+        tensors = {key.removeprefix("default/"): value.tensor() for key, value in raw.read(file).items()
+                   if key.startswith("default/") and not key.endswith("/explicit")}  # fmt: skip
+    except Exception as error:
+        result.bad(f"loaded although {type(error).__name__}: {text_of(error)}")
+        return
+    loaded = {f"{name}/{key}": torch.as_tensor(v) for name, e in shared._private_state.items() for key, v in e.items()}
+    if {key: str(value.tolist()) for key, value in loaded.items()} != {
+        key: str(value.tolist()) for key, value in tensors.items()
+    }:
+        result.bad("the schedule has other values than the file")
+    parameters = dict(shared.named_parameters())
+    for name, entries in shared._private_state.items():
+        average, steps = entries.get("aslora_average"), entries.get("aslora_steps")
+        if not (isinstance(steps, int) and steps >= 0 and isinstance(average, torch.Tensor)):
+            result.bad(f"{name} keeps {steps!r} and a {type(average).__name__}")
+        elif average.shape != parameters[name].shape or not average.is_floating_point():
+            result.bad(f"the average of {name} is {average.dtype} {tuple(average.shape)}")
+
+
+def _kept(shared: Any) -> str:
+    return repr(
+        {name: {k: torch.as_tensor(v).tolist() for k, v in e.items()} for name, e in shared._private_state.items()}
+    )
+
+
 READERS: dict[str, Callable[[Draw, Room, Result, Folder, Path, Watch], None]] = {
     "describe": read_description,
     "to_plain": read_plain,
+    "load_schedules": read_schedules,
 }
 """Name → one case of it."""
