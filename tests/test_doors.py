@@ -577,6 +577,8 @@ REFUSED: dict[str, tuple[list[Part], dict[str, Any], str]] = {
     "too many weights": (TWO, {"weights": [1.0, 2.0, 3.0]}, "2 adapters and 3 weights"),
     "nothing": (TWO, {"adapters": [], "weights": []}, "0 adapters"),
     "kind": (TWO, {"combination_type": "svd"}, r"'svd'.*cat, linear"),
+    "LoRA's kind": (TWO, {"combination_type": "ties", "density": 0.5}, r"'ties'.*export_lora"),
+    "LoRA's setting": (TWO, {"combination_type": "cat", "density": 0.5}, r"density: .*takes no further"),
     "linear": ([("aslora", {}), ("aslora", {})], {"combination_type": "linear"}, 'same A.*"cat"'),
     "linear of two ranks": (TWO, {"combination_type": "linear"}, 'same A.*"cat"'),
 }  # fmt: skip

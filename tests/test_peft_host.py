@@ -976,6 +976,17 @@ def test_callback_events() -> None:
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
 
+def test_trainers_take_the_default_callbacks(tmp_path: Path) -> None:
+    """Each new Trainer makes one of each class in this list (schedule_callback.join_trainers)."""
+    from transformers import Trainer, TrainingArguments, trainer
+
+    get_peft_model(nn.Sequential(nn.Linear(4, 4)), loraplex.DualLoraConfig(target_modules=["0"]))
+    ours = [kind for kind in trainer.DEFAULT_CALLBACKS if issubclass(kind, loraplex.ScheduleCallback)]
+    assert len(ours) == 1
+    run = Trainer(nn.Linear(2, 2), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    assert [type(callback) for callback in run.callback_handler.callbacks].count(ours[0]) == 1
+
+
 IMPORTED = """
 import importlib, json, logging, signal, sys, warnings
 import torch, peft, transformers

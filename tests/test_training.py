@@ -672,32 +672,112 @@ def test_trainer_advances_once_per_update(method: str, reentrant: bool, callback
         assert count.counts == [1, 2, 3, 4, 5, 6, 7]
 
 
+class StopAt(TrainerCallback):
+    """Ends a run early."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+CALLBACKS = pytest.mark.parametrize("callbacks", [(), (ScheduleCallback(),)], ids=["no-callback", "callback"])
+"""Trainers take the callback by themselves; that of the user is not counted beside it."""
+
+
+@CALLBACKS
 @pytest.mark.parametrize("method", SCHEDULED)
-def test_trainer_with_fractions(method: str, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ScheduleCallback"):
-        trainer(adapted(method, **FRACTIONS[method]), tmp_path).train()
+def test_trainer_with_fractions(method: str, callbacks: tuple[Any, ...], tmp_path: Path) -> None:
     model = adapted(method, **FRACTIONS[method])
     # 64 rows in batches of 4, two at a time: 8 updates in one epoch, a length that only the trainer knows.
-    trainer(
-        model, tmp_path, (ScheduleCallback(),), max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2
-    ).train()
+    trainer(model, tmp_path, callbacks, max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=2).train()
     if method == "ASLORA":
         assert [merge[0] for merge in progress(model)] == [4, 4, 6, 6]
     else:
         assert progress(model) == [4, 4]
 
 
+@CALLBACKS
 @pytest.mark.parametrize("method", SCHEDULED)
-def test_sft_trainer_with_fractions(method: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RuntimeError, match="ScheduleCallback"):
-        sft_trainer(base_model(), tmp_path, tokenizer, CONFIGS[method](**FRACTIONS[method])).train()
+def test_sft_trainer_with_fractions(
+    method: str, callbacks: tuple[Any, ...], tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     config = CONFIGS[method](**FRACTIONS[method])
-    run = sft_trainer(base_model(), tmp_path, tokenizer, config, (ScheduleCallback(),))
+    run = sft_trainer(base_model(), tmp_path, tokenizer, config, callbacks)
     run.train()
     if method == "ASLORA":
         assert [merge[0] for merge in progress(run.model)] == [4, 4, 6, 6]
     else:
         assert progress(run.model) == [4, 4]
+
+
+OPEN: dict[str, dict[str, None]] = {
+    "ASLORA": {"merge_start_step": None, "merge_interval": None, "num_merges": None},
+    "DUALLORA": {"warmup_steps": None},
+}
+
+
+@CALLBACKS
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_defaults_are_shares_of_the_run(method: str, callbacks: tuple[Any, ...], tmp_path: Path) -> None:
+    """A script that changed the class name alone trains for 30 steps."""
+    config = CONFIGS[method](**OPEN[method])
+    model = get_peft_model(base_model(), config)
+    trainer(model, tmp_path, callbacks, max_steps=30).train()
+    saved = model.peft_config["default"]
+    if method == "ASLORA":
+        merges = LAYERS * 7 // 12
+        interval = int(0.25 * 30 / merges)
+        assert sorted({merge[0] for merge in progress(model)}) == [2 + interval * (i + 1) for i in range(merges)]
+        assert (saved.merge_start_step, saved.merge_interval) == (2, interval)
+        assert (config.merge_start_step, config.merge_interval) == (None, None)
+    else:
+        assert progress(model) == [3, 3]
+        assert (saved.warmup_steps, config.warmup_steps) == (3, None)  # the user's may serve another run
+
+
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_a_resume_makes_the_same_of_the_defaults(method: str, tmp_path: Path) -> None:
+    """A plain loop goes on with what the Trainer that knew the length made of them."""
+    model = get_peft_model(base_model(), CONFIGS[method](**OPEN[method]))
+    loraplex.set_total_steps(model, 30)
+    loop = Loop(model)
+    loop.run(2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(), tmp_path, is_trainable=True)
+    for _, shared in schedules(loaded):
+        assert shared.last_step() == next(schedules(model))[1].last_step() <= 10
+
+
+@CALLBACKS
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_checkpoints_on_the_way_raise_no_alarm(
+    method: str, callbacks: tuple[Any, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on after them; an adapter that is saved by hand before its schedule has ended is another matter."""
+    model = adapted(method)
+    saving = {"max_steps": 7, "save_strategy": "steps", "save_steps": 2}
+    trainer(model, tmp_path, (*callbacks, StopAt(3)), **saving).train()
+    assert "is saved" not in caplog.text
+    model.save_pretrained(tmp_path)
+    assert "is saved" in caplog.text
+
+
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_defaults_never_stop_a_short_run(method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One step to see whether a script works at all."""
+    model = get_peft_model(base_model(), CONFIGS[method](**OPEN[method]))
+    trainer(model, tmp_path, max_steps=1).train()
+    assert ("ends at step" in caplog.text) == (method == "ASLORA")  # whose merges come after its first step
+
+
+def test_a_frozen_adapter_stops_no_run(tmp_path: Path) -> None:
+    """Its merges that never came are no matter of a run that trains another adapter."""
+    model = adapted("ASLORA", merge_start_step=500)
+    model.add_adapter("other", CONFIGS["ASLORA"](num_merges=0))
+    model.set_adapter("other")
+    trainer(model, tmp_path, max_steps=1).train()
 
 
 @pytest.mark.parametrize("method", SCHEDULED)
@@ -1029,10 +1109,11 @@ def test_the_explicit_step_remedies_a_hidden_optimizer(method: str) -> None:
         assert progress(model) == [7, 7]
 
 
+@CALLBACKS
 @pytest.mark.parametrize("method", SCHEDULED)
-def test_the_callback_remedies_a_hidden_optimizer(method: str, tmp_path: Path) -> None:
+def test_the_callback_remedies_a_hidden_optimizer(method: str, callbacks: tuple[Any, ...], tmp_path: Path) -> None:
     model = adapted(method)
-    run = trainer(model, tmp_path, (ScheduleCallback(),))
+    run = trainer(model, tmp_path, callbacks)
     run.optimizer = Hidden(trainable(model))
     run.train()
     if method == "ASLORA":

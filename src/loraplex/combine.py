@@ -18,7 +18,7 @@ from loraplex.layer import AdapterLinear, Factors
 if TYPE_CHECKING:
     from loraplex.model import AdapterModel
 
-_KINDS = ("cat", "linear")
+COMBINATIONS = ("cat", "linear")
 
 
 def add_weighted_adapter(
@@ -62,10 +62,11 @@ def add_weighted_adapter(
 def _check(
     tuner: AdapterModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> list[AdapterConfig]:
-    if combination_type not in _KINDS:
+    if combination_type not in COMBINATIONS:
         raise ValueError(
-            f"combination_type={combination_type!r} is not exact for these methods: use one of {', '.join(_KINDS)}, or "
-            "export the adapters with loraplex.export_lora and combine the plain LoRAs with PEFT."
+            f"combination_type={combination_type!r} is not exact for these methods: use one of "
+            f"{', '.join(COMBINATIONS)} where ΔW = B A (not Dual LoRA's, nor that of MASA's router), or export the "
+            "adapters with loraplex.export_lora and combine the plain LoRAs with PEFT."
         )
     if len(adapters) != len(weights) or not adapters:
         raise ValueError(f"There are {len(adapters)} adapters and {len(weights)} weights: give one weight for each.")

@@ -184,7 +184,7 @@ class AdapterConfig(PeftConfig):
             card.data["tags"] = sorted({*(card.data.get("tags") or []), "loraplex", self.method.lower()})
             card.text += (
                 f"\n\n{_CARD_MARK}\n## How to load\n\n"
-                f"This is a {self.title} adapter. `pip install loraplex`, then:\n\n"
+                f"The method of this adapter is {self.title}. `pip install loraplex`, then:\n\n"
                 "```python\nimport loraplex  # registers the adapter's type with PEFT\n"
                 "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, adapter)\n```\n"
             )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.attempt import Attempt, all_or_nothing, running
-from loraplex.combine import add_weighted_adapter
+from loraplex.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.config import AdapterConfig
 from loraplex.field_types import shown
 from loraplex.layer import AdapterLinear
@@ -39,6 +39,8 @@ from loraplex.load_checks import (
 from loraplex.packing import guard, release
 from loraplex.placement import refuse_loaded_with_parent
 from loraplex.reading import message_of
+from loraplex.schedule import Scheduled
+from loraplex.schedule_callback import join_trainers
 from loraplex.sharing import BANK, FactorBank, SharedFactors, link
 from loraplex.updates import ROOT
 
@@ -138,7 +140,11 @@ class AdapterModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 bank = link(model, adapter_name, config)
             active = adapter_name in self.active_adapters and not config.inference_mode
-            bank.shared(adapter_name).requires_grad_(active)  # type: ignore[union-attr]
+            shared = bank.shared(adapter_name)
+            shared.requires_grad_(active)  # type: ignore[union-attr]
+            if isinstance(shared, Scheduled):
+                shared.belongs_to(self.peft_config, adapter_name)
+                join_trainers()
             bank._active_adapter = self.active_adapters
 
     def train(self, mode: bool = True) -> AdapterModel:
@@ -265,7 +271,7 @@ class AdapterModel(BaseTuner):
     # Switching
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **more: Any
     ) -> None:
         """Add the adapter `adapter_name`, whose update is Σ wₖ ΔWₖ of adapters of one method, exactly.
 
@@ -274,10 +280,13 @@ class AdapterModel(BaseTuner):
             weights: one factor for each, of any sign.
             adapter_name: the new adapter; it is not activated.
             combination_type: "cat" adds the ranks up; "linear" keeps the rank, for adapters with the same A.
+            more: what LoraModel takes for its other combinations (density, svd_rank, …), to refuse it with a remedy.
 
         Raises:
             ValueError: the sum is no adapter of this method (Dual LoRA, MASA's router), or the arguments don't fit.
         """
+        if more and combination_type in COMBINATIONS:
+            raise ValueError(f"{', '.join(more)}: combination_type={combination_type!r} takes no further settings.")
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:

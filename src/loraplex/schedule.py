@@ -14,10 +14,12 @@ checkpoints hold a file of their own.
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,6 +37,8 @@ from loraplex.parallel import cut, ddp_group, first_decides, is_sharded, part, r
 from loraplex.sharing import FactorBank, SharedFactors
 from loraplex.training_state import check_training_state, read_training_state
 
+logger = logging.getLogger(__name__)
+
 StateOf = Callable[[nn.Parameter], dict[str, Any]]
 
 SCHEDULE_NAME = "schedule.safetensors"
@@ -47,9 +51,19 @@ class Scheduled(SharedFactors):
 
     kept: ClassVar[dict[str, bool]] = {}
     """What a method keeps for each parameter while it trains: name → whether it counts steps."""
+    config: Any
+    unknown_length: ClassVar[dict[str, int]]
+    """Field of the config → steps, where neither the user nor the run's length says how many."""
+    told_by: Any = None
+    """The callback that tells this schedule of the run, if several of one trainer could."""
+    in_checkpoint = False
+    """Whether a trainer saves a checkpoint in the middle of its run, after which the schedule goes on."""
 
     def __init__(self, *args: Any) -> None:
         self.total_steps: int | None = None
+        self._left_open: list[str] | None = None
+        self._configs: dict[str, Any] = {}
+        self._name = ""
         self._private_state: dict[str, dict[str, Any]] = {}
         self._follow_nothing()
         super().__init__(*args)
@@ -97,6 +111,39 @@ class Scheduled(SharedFactors):
     @abstractmethod
     def describe(self) -> str:
         """The schedule's settings, for errors: "warmup_steps=100"."""
+
+    @abstractmethod
+    def default_steps(self, total_steps: int) -> dict[str, int]:
+        """What a run of so many steps makes of the fields of `unknown_length` that the user left open."""
+
+    # Its settings
+
+    def belongs_to(self, configs: dict[str, Any], name: str) -> None:
+        """Note where the model keeps the config that is saved with the adapter `name`."""
+        self._configs, self._name = configs, name
+
+    def setting(self, name: str) -> int | float:
+        """A field of the config, or what it means while it is left open."""
+        value = getattr(self.config, name)
+        return self.unknown_length[name] if value is None else value
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Give fractions a meaning, and defaults to the fields that the user left open."""
+        self.total_steps = total_steps
+        if self._left_open is None:
+            self._left_open = [name for name in self.unknown_length if getattr(self.config, name) is None]
+        if self._left_open:
+            # A copy, since the user's config may serve another run. It is saved, so that a resume makes the same of it.
+            self.config = copy(self.config)
+            if self._name:
+                self._configs[self._name] = self.config
+            for name, steps in self.default_steps(total_steps).items():
+                if name in self._left_open:
+                    setattr(self.config, name, steps)
+
+    def is_left_open(self) -> bool:
+        """Whether all the schedule's steps are defaults."""
+        return self._left_open is not None and len(self._left_open) == len(self.unknown_length)
 
     def resolve(self, value: int | float) -> int | None:
         """A number of steps as it is; a fraction of the run gives at least 1; None while its length is unknown."""
@@ -289,7 +336,7 @@ class Scheduled(SharedFactors):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or unpickled adapter follows optimizers of its own.
-        gone = ("_watch", "_homes", "_stepped", "_absent", "_seen_since_told", "group")
+        gone = ("_watch", "_homes", "_stepped", "_absent", "_seen_since_told", "group", "told_by", "in_checkpoint")
         return {key: value for key, value in self.__dict__.items() if key not in gone}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -328,18 +375,27 @@ def step(model: nn.Module, optimizer: Optimizer | None = None) -> None:
 def set_total_steps(model: nn.Module, total_steps: int) -> None:
     """Tell the schedules of `model` how many optimizer steps the run has, so that fractions of it have a meaning.
 
+    Steps that the config leaves open (None) become shares of the run.
+
     Raises:
-        ValueError: a schedule does not end within the run; ASLoRA would silently merge less than asked for.
+        ValueError: a schedule that the user set does not end within the run; ASLoRA would silently merge less than
+            asked for.
     """
     for name, shared in schedules(model):
-        shared.total_steps = total_steps
+        shared.set_total_steps(total_steps)
         last = shared.last_step()
-        if not shared.finished() and last is not None and last > total_steps:
+        if not shared.is_trained() or shared.finished() or last is None or last <= total_steps:
+            continue
+        problem = (
+            f"Adapter {name!r}: its schedule ({shared.describe()}) ends at step {last}, but the run has only "
+            f"{total_steps} optimizer steps."
+        )
+        if not shared.is_left_open():
             raise ValueError(
-                f"Adapter {name!r}: its schedule ({shared.describe()}) ends at step {last}, but the run has only "
-                f"{total_steps} optimizer steps. Train longer, or give smaller steps; fractions such as 0.1 follow "
-                "the run's length."
+                f"{problem} Train longer, or give smaller steps; fractions such as 0.1 follow the run's length, and so "
+                "do the defaults."
             )
+        logger.warning("%s What comes after is left out; a longer run does all of it.", problem)
 
 
 def restart_averages(model: nn.Module) -> None:

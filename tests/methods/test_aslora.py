@@ -15,7 +15,7 @@ from transformers import TrainerState
 import helpers as h
 import loraplex
 from loraplex import AsLoraConfig, ScheduleCallback
-from loraplex.methods.aslora import distance
+from loraplex.methods.aslora import AsLoraShared, distance
 
 R, ALPHA = 2, 5
 
@@ -259,7 +259,8 @@ def test_the_papers_schedule(kind):
 
 def test_the_papers_setting_is_the_default():
     defaults = AsLoraConfig()
-    assert (defaults.merge_start_step, defaults.merge_interval) == (320, 240)
+    assert (defaults.merge_start_step, defaults.merge_interval) == (None, None)
+    assert AsLoraShared.unknown_length == {"merge_start_step": 320, "merge_interval": 240}
     assert (defaults.merge_candidates, defaults.merge_distance) == ("adjacent", "factor")
 
 

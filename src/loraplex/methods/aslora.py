@@ -105,6 +105,8 @@ class AsLoraShared(Scheduled):
     """A and all B's of each family, and which layer reads which B."""
 
     kept: ClassVar[dict[str, bool]] = {"aslora_steps": True, "aslora_average": False}
+    # The paper's values for MRPC, whose runs have 6900 steps.
+    unknown_length: ClassVar[dict[str, int]] = {"merge_start_step": 320, "merge_interval": 240}
 
     def add_shared(self, config: AsLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
         self.config = config
@@ -173,22 +175,32 @@ class AsLoraShared(Scheduled):
             yield from (self.B(family, layer) for layer in self.owners(family))
 
     def last_step(self) -> int | None:
-        start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
-        most = max(self.num_merges(family) for family in self.families)
-        return None if start is None or interval is None else start + interval * most
+        start, interval = self._start_and_interval()
+        return None if start is None or interval is None else start + interval * self._most_merges()
+
+    def _start_and_interval(self) -> tuple[int | None, int | None]:
+        return self.resolve(self.setting("merge_start_step")), self.resolve(self.setting("merge_interval"))
+
+    def _most_merges(self) -> int:
+        return max(self.num_merges(family) for family in self.families)
+
+    def default_steps(self, total_steps: int) -> dict[str, int]:
+        # The paper's shares of its run: T_s at 320 of 6900 steps, the last merge at 2000.
+        interval = int(0.25 * total_steps / max(1, self._most_merges()))
+        return {"merge_start_step": max(1, round(0.05 * total_steps)), "merge_interval": max(1, interval)}
 
     def finished(self) -> bool:
         return all(self._merges_left(family) <= 0 for family in self.families)
 
     def describe(self) -> str:
-        config = self.config
-        return f"merge_start_step={config.merge_start_step}, merge_interval={config.merge_interval}"
+        start, interval = self.setting("merge_start_step"), self.setting("merge_interval")
+        return f"merge_start_step={start}, merge_interval={interval}"
 
     def _merges_left(self, family: str) -> int:
         return self.num_merges(family) - (len(self.maps[family]) - len(self.owners(family)))
 
     def advance(self, state_of: StateOf) -> None:
-        start, interval = self.resolve(self.config.merge_start_step), self.resolve(self.config.merge_interval)
+        start, interval = self._start_and_interval()
         due: dict[str, dict[int, Tensor]] = {}
         for family in self.families:
             if self._merges_left(family) > 0:
@@ -333,10 +345,13 @@ class AsLoraShared(Scheduled):
 
     def before_save(self, adapter_name: str) -> None:
         # A run that is shorter than its schedule ends here, and nobody else would say so.
-        if self.is_trained() and self.has_advanced and not self.finished():
+        if self.is_trained() and self.has_advanced and not self.finished() and not self.in_checkpoint:
             left = max(self._merges_left(family) for family in self.families)
             logger.warning(
-                "Adapter %r is saved with up to %d of its merges per family still to come (%s, the last at step %s).",
+                "Adapter %r is saved with up to %d of its merges per family still to come (%s, the last at step %s). "
+                "It works as it is, but holds more parameters than after all merges. Train longer, or with smaller "
+                "steps; in a loop of your own, loraplex.set_total_steps(model, steps) before training makes the "
+                "defaults follow the run's length.",
                 adapter_name,
                 left,
                 self.describe(),
@@ -475,10 +490,12 @@ class AsLoraConfig(AdapterConfig):
     factors_cls: ClassVar[type] = AsLoraFactors
     shared_cls: ClassVar[type] = AsLoraShared
 
-    merge_start_step: int | float = 320
-    """T_s, after which merging begins: optimizer steps, or a fraction of the run. The paper's value for MRPC."""
-    merge_interval: int | float = 240
-    """m, the distance of merges: optimizer steps, or a fraction of the run. The paper's value for MRPC."""
+    merge_start_step: int | float | None = None
+    """T_s, after which merging begins: optimizer steps, or a fraction of the run. None: a twentieth of the run, or 320
+    steps where its length is unknown; the paper's value for MRPC in either form."""
+    merge_interval: int | float | None = None
+    """m, the distance of merges: optimizer steps, or a fraction of the run. None: N merges in a quarter of the run, or
+    240 steps where its length is unknown; the paper's value for MRPC in either form."""
     num_merges: int | None = None
     """N, merges per family; None: 7 of 12 layers, the paper's share."""
     merge_candidates: str = "adjacent"
@@ -488,8 +505,10 @@ class AsLoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps("merge_start_step", self.merge_start_step)
-        check_steps("merge_interval", self.merge_interval)
+        if self.merge_start_step is not None:
+            check_steps("merge_start_step", self.merge_start_step)
+        if self.merge_interval is not None:
+            check_steps("merge_interval", self.merge_interval)
         if self.num_merges is not None:
             check_count("num_merges", self.num_merges, minimum=0)
         check_choice("merge_candidates", self.merge_candidates, ("adjacent", "all"))

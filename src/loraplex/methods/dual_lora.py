@@ -67,10 +67,12 @@ class DualLoraShared(Scheduled):
     with it every gradient. So it is the warm-up that starts training at the base model's function.
     """
 
+    unknown_length: ClassVar[dict[str, int]] = {"warmup_steps": 100}
+
     def add_shared(self, config: DualLoraConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
         self.config = config
         # Steps done, and steps in all (0: not known yet). Integers: a cast of the model to bfloat16 leaves them alone.
-        self.register_buffer("warmup", torch.tensor([0, self.resolve(config.warmup_steps) or 0]))
+        self.register_buffer("warmup", torch.tensor([0, self.last_step() or 0]))
         if not config.init_weights:
             self.warmup.copy_(torch.tensor([1, 1]))
         self.warmup: Tensor
@@ -81,14 +83,17 @@ class DualLoraShared(Scheduled):
             yield from factors.parameters()
 
     def last_step(self) -> int | None:
-        return self.resolve(self.config.warmup_steps)
+        return self.resolve(self.setting("warmup_steps"))
+
+    def default_steps(self, total_steps: int) -> dict[str, int]:
+        return {"warmup_steps": max(1, round(0.1 * total_steps))}
 
     def finished(self) -> bool:
         done, steps = self.warmup.tolist()
         return 0 < steps <= done
 
     def describe(self) -> str:
-        return f"warmup_steps={self.config.warmup_steps}"
+        return f"warmup_steps={self.setting('warmup_steps')}"
 
     def advance(self, state_of: StateOf) -> None:
         if not self.finished():
@@ -101,11 +106,12 @@ class DualLoraShared(Scheduled):
 
     def before_save(self, adapter_name: str) -> None:
         # A run that is shorter than its warm-up ends here, and nobody else would say so.
-        if self.is_trained() and self.has_advanced and not self.finished():
+        if self.is_trained() and self.has_advanced and not self.finished() and not self.in_checkpoint:
             done, steps = self.warmup.tolist()
             logger.warning(
                 "Adapter %r is saved at step %d of %d of its warm-up (%s): its update is at %.0f %% of its strength, "
-                "wherever it is loaded. Train longer, or with warmup_steps=0.1 for a tenth of the run.",
+                "wherever it is loaded. Train longer, or with fewer warmup_steps; in a loop of your own, "
+                "loraplex.set_total_steps(model, steps) before training makes the default a tenth of the run.",
                 adapter_name,
                 done,
                 steps,
@@ -247,8 +253,9 @@ class DualLoraConfig(AdapterConfig):
     """r₁, rank of the magnitude group; None: r − r_direction, or half of r, rounded up."""
     r_direction: int | None = None
     """r₂, rank of the direction group; None: r − r_magnitude, or half of r, rounded down."""
-    warmup_steps: int | float = 100
-    """Over how many optimizer steps ΔW fades in: steps, or a fraction of the run. The paper names no number."""
+    warmup_steps: int | float | None = None
+    """Over how many optimizer steps ΔW fades in: steps, or a fraction of the run. None: a tenth of the run, or 100
+    steps where its length is unknown. The paper names no number."""
     init_std: float = 0.02
     """Standard deviation of the Gaussian from which all four factors start. The paper names no number."""
     compute: str = "auto"
@@ -274,7 +281,8 @@ class DualLoraConfig(AdapterConfig):
                     f"{name}={r} leaves no rank for one of Dual LoRA's two groups (r_magnitude={self.r_magnitude}, "
                     f"r_direction={self.r_direction}): r must be at least 2 and larger than either."
                 )
-        check_steps("warmup_steps", self.warmup_steps)
+        if self.warmup_steps is not None:
+            check_steps("warmup_steps", self.warmup_steps)
         check_number("init_std", self.init_std)
         check_choice("compute", self.compute, ("auto", "added", "apart", "reference"))
 
