@@ -97,6 +97,14 @@ def test_an_adapted_embedding_is_printed(tmp_path: Path, capsys: pytest.CaptureF
     assert "–" in next(line for line in capsys.readouterr().out.splitlines() if "embed_tokens" in line)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_factors(bad: float, tmp_path: Path) -> None:
+    _edit(lora(tmp_path), lambda B: torch.full_like(B, bad))
+    for read in (describe, read_lora):
+        with pytest.raises(ValueError, match=r"holds NaN or Inf on model\.layers\.0\.self_attn\.q_proj"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
 def test_factors_that_are_not_floating_point(dtype: torch.dtype, tmp_path: Path) -> None:
     _edit(lora(tmp_path), lambda B: B.to(dtype))

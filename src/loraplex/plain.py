@@ -138,6 +138,8 @@ def _pair(
             f"{folder}: the factors of {module[:200]} are A {tuple(A.shape)} and B {tuple(B.shape)}, its settings ask "
             f"for rank {r}: they must be (r, in) and (out, r). Copy or download the adapter again."
         )
+    if not (A.double().isfinite().all() and B.double().isfinite().all()):
+        raise ValueError(f"{folder} holds NaN or Inf on {module[:200]}: it is broken; load an earlier checkpoint.")
     return A, B.double() * (alpha / (r**0.5 if config.use_rslora else r))
 
 

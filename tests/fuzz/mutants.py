@@ -17,9 +17,10 @@ import yaml
 from peft import PeftModel
 from torch import nn
 
-from loraplex import attempt, config, export, inspect, merged, model
+from loraplex import attempt, config, export, inspect, merged, model, schedule
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear
+from loraplex.plain_cache import PlainCache
 from loraplex.training import config as run_config
 from loraplex.training import exporting
 from tests.fuzz import readers
@@ -156,6 +157,24 @@ def _describe_raises() -> None:
     readers.describe = broken
 
 
+def _any_training_state() -> None:
+    def unchecked(state: dict[str, Any], *_: Any) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for path, value in state.items():
+            name, _, key = path.partition("/")
+            found.setdefault(name, {})[key] = value
+        return found
+
+    schedule.check_training_state = unchecked
+
+
+def _cache_raises() -> None:
+    def broken(self: Any) -> Any:
+        raise KeyError("files")
+
+    PlainCache.entries = broken  # type: ignore[method-assign]
+
+
 def _unsafe_yaml() -> None:
     run_config.parse_yaml = lambda text, source: yaml.load(text, Loader=yaml.UnsafeLoader)  # type: ignore[assignment]
 
@@ -207,6 +226,8 @@ MUTANTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "loading takes all memory": ("adapter", _while_reading(_if("lora_only", lambda: bytearray(2**33)))),
     "the process dies": ("adapter", _while_reading(_if("lora_only", _crash))),
     "describe raises KeyError": ("adapter", _describe_raises),
+    "a training state is not checked": ("adapter", _any_training_state),
+    "a broken cache raises KeyError": ("cli", _cache_raises),
     "settings are not checked": ("config", _no_checks),
     "YAML makes objects": ("yaml", _unsafe_yaml),
     "an export is 1 % too large": ("cli", _wrong_export),
