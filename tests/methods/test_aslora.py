@@ -10,7 +10,7 @@ import torch
 from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, leaf, matvec, randomize
 from peft import get_peft_model
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 import helpers as h
 import loraplex
@@ -648,7 +648,7 @@ def test_a_hidden_optimizer_merges_where_it_is_told_of_steps(kind):
                 own_B(model, index).fill_(value)
         model.zero_grad()
         if kind == "callback":
-            callback.on_step_end(None, TrainerState(), None, **told)
+            callback.on_step_end(None, TrainerState(), TrainerControl(), **told)
         else:
             loraplex.step(model)
     assert history(model) == [(3, 0, 1)]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from naive import IN, OUT, TOKENS, Stack, adapt, base_weight, close, draw, factors, layer, leaf, randomize
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 import loraplex
 from loraplex import DualLoraConfig, ScheduleCallback
@@ -405,7 +405,7 @@ def test_callback_advances_once_per_step(visible):
     for _ in range(6):
         factor.append(warmup_factor(model))
         step()
-        callback.on_step_end(None, state, None, model=model, optimizer=optimizer)
+        callback.on_step_end(None, state, TrainerControl(), model=model, optimizer=optimizer)
     assert factor == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1], abs=1e-6)
 
 
