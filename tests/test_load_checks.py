@@ -529,3 +529,19 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
     file = folder / "adapter_config.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     refused("loraplex.load_adapter", folder, "begins with a byte order mark")
+
+
+@every_plain
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=str)
+def test_factors_of_eight_bits(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """torch copies them, but can't tell whether they are finite, and transformers would load them unseen."""
+
+    def narrow(tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[key] = tensor.to(dtype)
+
+    folder = edited(method, tmp_path, narrow)
+    for load in (lambda model: PeftModel.from_pretrained(model, folder), lambda model: model.load_adapter(str(folder))):
+        with pytest.raises(ValueError, match="which are read in F64, F32, F16, BF16"):
+            load(LLAMA.build())

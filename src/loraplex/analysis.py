@@ -156,7 +156,10 @@ def _spectrum(update: Update) -> Spectrum:
     if (form := update.lora_form()) is not None:
         return _of_factors(place, *form)
     if min(update.out_features, update.in_features) <= EXACT_SIZE:
-        S = torch.linalg.svdvals(update.delta_weight().double())
+        delta = update.delta_weight().double()
+        if not delta.isfinite().all():
+            raise ValueError(f"{update.module_name}: ΔW holds NaN or Inf: the adapter is broken; load an earlier one.")
+        S = torch.linalg.svdvals(delta)
         return Spectrum(values=S.tolist(), norm=S.norm().item(), **place)
     svd = randomized_svd(update.delta_weight, update.out_features, update.in_features, LEADING)
     note = f"the first {LEADING} of {min(update.out_features, update.in_features)}"

@@ -477,11 +477,12 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
 
 def _exec(arguments: Sequence[str]) -> Any:
     from loraplex.integrations.run_program import find_program
+    from loraplex.reading import message_of
 
     try:
         run = find_program(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return 2
     return run()
 

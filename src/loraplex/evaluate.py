@@ -10,16 +10,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loraplex.placement import input_device
-from loraplex.training.encode import Answer, encode_answers, encode_texts
+from loraplex.training.encode import Answer, check_vocabulary, encode_answers, encode_texts
 from loraplex.training.progress import progress
 
 if TYPE_CHECKING:
@@ -119,9 +120,10 @@ class Evaluator:
                     for answer, *_ in map(self._answers.__getitem__, chosen)
                 ]
                 batch = self.tokenizer.pad(prompts, return_tensors="pt", padding_side="left").to(input_device(model))
-                written = model.generate(  # type: ignore[operator]
-                    **batch, max_new_tokens=length, do_sample=False, eos_token_id=end, pad_token_id=pad
-                )[:, batch["input_ids"].shape[1] :]
+                with _own_settings(_base(model)):
+                    written = model.generate(  # type: ignore[operator]
+                        **batch, max_new_tokens=length, do_sample=False, eos_token_id=end, pad_token_id=pad
+                    )[:, batch["input_ids"].shape[1] :]
                 for index, tokens in zip(chosen, written, strict=True):
                     answer = self._answers[index][0]
                     exact[index] = self._text(tokens) == self._text(answer.tokens[answer.start :])
@@ -132,6 +134,7 @@ class Evaluator:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()  # type: ignore[union-attr]
 
     def _classification(self, model: nn.Module, desc: str) -> Scores:
+        check_vocabulary((row["input_ids"] for _, row in self._texts), _base(model))
         order: list[int] = []
         logits, labels = [], []
         with progress(desc, len(self._texts), "example") as bar:
@@ -191,6 +194,7 @@ def log_likelihoods(
     Answers of a group whose inputs continue each other share a pass: with one-token choices, all of them and the
     right answer cost a single one. Batches hold sequences of similar length.
     """
+    check_vocabulary((answer.tokens for group in groups for answer in group), _base(model))
     passes: list[_Pass] = []
     number = 0
     for group in groups:
@@ -256,6 +260,17 @@ def _score(model: nn.Module, batch: Sequence[_Pass], pad: int) -> Iterator[tuple
     chosen = logits[rows, columns].float()
     values = chosen.gather(1, targets[:, None]).squeeze(1) - chosen.logsumexp(-1)
     yield numbers.cpu(), values.double().cpu()
+
+
+@contextmanager
+def _own_settings(base: Any) -> Iterator[None]:
+    """Generate without the settings beside the base model: with its beams or penalties decoding is not greedy."""
+    theirs = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = theirs
 
 
 def _base(model: nn.Module) -> Any:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _LISTED, _LONGEST = 5, 200
 """How many names a message lists, and how many characters of each."""
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Kinds of factors, and what safetensors calls them. Others, of 8 or 4 bits, lack most of torch's operations."""
 
 
 def shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SharedFactors]]:
@@ -82,8 +84,7 @@ def read_tensors(path: str, method: str) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 - not a dict
             stored = tensors.get_slice(key)
-            floating = stored.get_dtype() in ("F64", "F32", "F16", "BF16")
-            if floating and any(mark in key for mark in marks):
+            if stored.get_dtype() in _FLOATS.values() and any(mark in key for mark in marks):
                 state[key] = torch.empty(stored.get_shape(), device="meta")
             else:
                 state[key] = tensors.get_tensor(key)
@@ -182,6 +183,8 @@ def _misshapen(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> str 
         place = model_state.get(key)
         if place is not None and place.shape != tensor.shape:
             return f"{key} is {tuple(tensor.shape)} in the adapter's weights and {tuple(place.shape)} in this model."
+        if place is not None and tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            return f"{key} is {tensor.dtype} in the adapter's weights, which are read in {', '.join(_FLOATS.values())}."
         if place is not None and place.is_floating_point() != tensor.is_floating_point():
             return f"{key} is {tensor.dtype} in the adapter's weights, where this model needs {place.dtype}."
     return None

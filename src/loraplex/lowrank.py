@@ -53,7 +53,13 @@ class Svd:
 
 
 def svd_of_product(A: Tensor, B: Tensor) -> Svd:
-    """SVD of B A: with B = Q_B R_B and Aᵀ = Q_A R_A it is that of R_B R_Aᵀ (r, r), at a cost in r."""
+    """SVD of B A: with B = Q_B R_B and Aᵀ = Q_A R_A it is that of R_B R_Aᵀ (r, r), at a cost in r.
+
+    Raises:
+        ValueError: a factor holds NaN or Inf.
+    """
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise ValueError("The adapter's factors hold NaN or Inf, so ΔW has no singular values: load an earlier one.")
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().T)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)

@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from loraplex.base_model import check_base, reading
 from loraplex.config import check_adapter_files
 from loraplex.export import Rank, export_lora
 from loraplex.methods.masa import MasaFactors
+from loraplex.reading import message_of
 from loraplex.wish import Wish
 
 _CLASSES: dict[str | None, Any] = {
@@ -45,20 +47,26 @@ def load_on_config(adapter: Path, base: str) -> PeftModel:
         ValueError: the files are not an adapter for this base model.
         OSError: the base model's config can't be read.
     """
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    if Path(base).is_dir():
+        check_base(Path(base))
+    with reading(base):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     task = _task(adapter)
     if task not in _CLASSES:
         raise ValueError(
             f"{adapter} was trained for {task}, with a head of its own that a plain LoRA can't carry: merge it "
             "(loraplex export --format merged)."
         )
-    with torch.device("meta"):
+    with reading(base), torch.device("meta"):
         skeleton = _CLASSES[task].from_config(config, trust_remote_code=False)
     try:
         # On the CPU: a server's GPU has no room for us.
         model = PeftModel.from_pretrained(skeleton, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{adapter} does not fit the base model {base}: {error}") from error
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        # PEFT checks little of a config before it computes with it: a broken one ends in any kind of error.
+        raise ValueError(f"{adapter} does not fit the base model {base}: {message_of(error)}") from error
     return model.eval()
 
 

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import helpers as h
 from loraplex.cli import main
+from loraplex.plain_cache import PlainCache
+from loraplex.plain_folder import to_plain
 from loraplex.reading import file_name, relative_path
 from loraplex.training.models import load_model, load_skeleton, load_tokenizer, resolve_model
 
@@ -191,12 +193,33 @@ def test_a_template_runs_no_code(room: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+def in_other_config(base: Path, **settings: Any) -> None:
+    """A second config, which transformers reads in place of the first."""
+    shutil.copy(base / "config.json", base / "config.4.0.0.json")
+    edit(base / "config.4.0.0.json", **settings)
+    edit(base / "config.json", configuration_files=["config.4.0.0.json"])
+
+
+def in_templates(base: Path) -> None:
+    (base / "additional_chat_templates").mkdir()
+    os.mkfifo(base / "additional_chat_templates" / "x.jinja")
+
+
 CONFIGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "kernel": (lambda base: edit(base / "config.json", attn_implementation="a/kernel"), "code from a repository"),
     "_kernel": (lambda base: edit(base / "config.json", _attn_implementation={"": "a/kernel"}), "code from a rep"),
     "weights": (lambda base: edit(base / "config.json", transformers_weights="../x.safetensors"), "names the file"),
     "adapter": (lambda base: (base / "adapter_config.json").write_text('{"peft_type": "LORA"}'), "holds an adapter"),
     "layers": (lambda base: edit(base / "config.json", num_hidden_layers=10**9), "more than the 2,000"),
+    "part": (lambda base: edit(base / "config.json", text_config={"num_hidden_layers": 10**9}), "more than the 2,000"),
+    "part's kernel": (lambda base: edit(base / "config.json", a={"b": {"attn_implementation": "a/b"}}), "code from a"),
+    "labels": (lambda base: edit(base / "config.json", num_labels=10**8), "more than the 1,000,000"),
+    "versions": (lambda base: in_other_config(base, num_hidden_layers=10**9), r"config\.4\.0\.0\.json: num_hidden"),
+    "versions' names": (lambda base: edit(base / "config.json", configuration_files=["../x.json"]), "names the file"),
+    "no versions": (lambda base: edit(base / "config.json", configuration_files=["config.x.json"]), "config.VERSION"),
+    "no list": (lambda base: edit(base / "config.json", configuration_files=5), "not a list"),
+    "pipe": (lambda base: os.mkfifo(base / "vocab.json"), "a pipe or a device"),
+    "pipe in templates": (lambda base: in_templates(base), "a pipe or a device"),
     "no mapping": (lambda base: (base / "config.json").write_text("5"), "not a mapping"),
     "deep": (lambda base: (base / "config.json").write_text("[" * 100_000), "nested in more than 100 levels"),
     "types": (lambda base: edit(base / "config.json", hidden_size="x"), "can't be read"),
@@ -211,6 +234,30 @@ def test_what_a_base_s_config_asks_for(room: Path, tmp_path: Path, kind: str) ->
     change(tmp_path / "base")
     with pytest.raises(ValueError, match=message):
         load_skeleton(str(tmp_path / "base"), "sft")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_a_base_s_config_asks_of_a_server(adapter: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is handed an adapter builds its base model's modules too."""
+    monkeypatch.setenv("LORAPLEX_CACHE", str(adapter.parent / "cache"))
+    change, message = CONFIGS[kind]
+    change(adapter.parent / "base")
+    with pytest.raises(ValueError, match=message):
+        to_plain(adapter)
+    assert PlainCache().entries() == []
+
+
+def test_weights_that_are_a_pipe(adapter: Path, capsys: Any) -> None:
+    base = adapter.parent / "base"
+    (base / "model.safetensors").unlink()
+    os.mkfifo(base / "model.safetensors")
+    assert "a pipe or a device" in error(capsys, "merge", adapter, "-o", adapter.parent / "out")
+
+
+def test_links_of_the_hub_s_cache_that_lead_nowhere(room: Path, tmp_path: Path) -> None:
+    shutil.copytree(room / "llama", tmp_path / "base")
+    (tmp_path / "base" / "flax_model.msgpack").symlink_to("../../blobs/removed")
+    assert load_model(str(tmp_path / "base"), "sft").num_parameters()
 
 
 def test_megatron_and_xlora(adapter: Path, capsys: Any) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from peft import get_peft_model
 from runs import entry
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import helpers as h
 from loraplex.cli import main
+from loraplex.plain_folder import to_plain
 from loraplex.reading import MAX_MESSAGE, json_text, message_of, printable
 from loraplex.training.metrics import plot_losses
 from loraplex.training.report import make_console
@@ -40,6 +42,26 @@ def test_an_adapter_s_names_in_every_output(room: Path, tmp_path: Path, capsys: 
         captured = capsys.readouterr()
         assert "nothing" in captured.out + captured.err
         assert not set("\x1b\x9b\u202e\x07") & set(captured.out + captured.err)
+
+
+def test_a_folder_s_name_in_the_list_of_converted_adapters(
+    room: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / EVIL.replace("/", "|")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(room / "llama"), h.config("multilora")).save_pretrained(folder)
+    to_plain(folder)
+    capsys.readouterr()
+    for arguments in (["cache"], ["cache", "--json"]):
+        assert main(arguments) == 0
+        captured = capsys.readouterr()
+        assert "nothing" in captured.out
+        assert not set("\x1b\x9b\u202e\x07") & set(captured.out)
+
+
+def test_a_program_that_is_none(capsys: Any) -> None:
+    assert main(["exec", EVIL]) == 2
+    assert not set("\x1b\x9b\u202e\x07") & set(capsys.readouterr().err)
 
 
 def test_a_message_is_not_endless() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraplex.field_types import shown
 from loraplex.plain_folder import hold, to_plain
+from loraplex.reading import message_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -40,7 +41,7 @@ class AdapterFolders:
         try:
             return await self._resolve(base_model_name, lora_name)
         except Exception as error:  # whatever a stranger's folder holds, the server lives on
-            _LOG.warning("adapter %s can't be served: %s", shown(lora_name), error)
+            _LOG.warning("adapter %s can't be served: %s", shown(lora_name), message_of(error))
             return None
 
     async def _resolve(self, base_model_name: str, lora_name: str) -> LoRARequest | None:

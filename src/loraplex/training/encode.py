@@ -6,13 +6,14 @@ where the answer is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from loraplex.base_model import reading
 from loraplex.training.progress import progress
 
 _CHUNK = 256  # examples per call of the tokenizer
@@ -34,7 +35,7 @@ class Answer:
 def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_length: int, desc: str) -> list[list[Answer]]:
     """For each row the right answer, ended as the model should end it, and then its `choices`, not ended."""
     encoded: list[list[Answer]] = []
-    with progress(desc, len(rows), "example") as bar:
+    with reading(_name(tokenizer)), progress(desc, len(rows), "example") as bar:
         for chunk in _chunks(rows):
             encoded += _encode_chunk(tokenizer, chunk, max_length)
             bar.update(len(chunk))
@@ -61,7 +62,23 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_length: 
         texts = [batch[column] for column in ("text", *pair)]
         return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": batch["label"]}
 
-    return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenize", keep_in_memory=True)
+    with reading(_name(tokenizer)):
+        return rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenize", keep_in_memory=True)
+
+
+def check_vocabulary(tokens: Iterable[list[int]], model: Any) -> None:
+    """Raise a ValueError if a tokenizer that is not the model's writes tokens which the model does not know."""
+    known = model.get_input_embeddings().weight.shape[0]
+    for sequence in tokens:
+        if sequence and not 0 <= min(sequence) <= max(sequence) < known:
+            raise ValueError(
+                f"The tokenizer writes token {max(sequence)}, but the model has {known} of them: put the model's own "
+                "tokenizer into its folder."
+            )
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"text by the tokenizer of {tokenizer.name_or_path}"
 
 
 def _chunks(rows: Dataset) -> Iterator[list[dict[str, Any]]]:

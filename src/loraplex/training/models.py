@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from typing_extensions import TypedDict, Unpack
 
-from loraplex.field_types import shown
-from loraplex.merged import indexed
-from loraplex.reading import expanded, file_name, message_of, read_json, relative_path
-from loraplex.training.out_of_memory import is_out_of_memory
+from loraplex.base_model import check_base, reading
+from loraplex.reading import expanded, file_name, relative_path
 from loraplex.training.packages import PACKAGE_PREFIX
 from loraplex.training.spec import Kind
 from loraplex.training.weights import cached_gguf, package_model
@@ -37,10 +33,6 @@ DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
     "auto": "auto",
 }
-
-
-_LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
-_MOST_LAYERS = 2000
 
 
 class Source(TypedDict, total=False):
@@ -85,7 +77,7 @@ def load_tokenizer(model: str, **source: Unpack[Source]) -> PreTrainedTokenizerB
     Raises ValueError if it has neither, and whatever `resolve_model` raises.
     """
     path, options = _resolve(model, source)
-    with _reading(f"the tokenizer of {model}"):
+    with reading(f"the tokenizer of {model}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **options)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -122,13 +114,13 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     if task == "sft":
         path, source_options = _resolve_weights(model, source)
-        with _reading(model):
+        with reading(model):
             return AutoModelForCausalLM.from_pretrained(path, **options, **source_options)
     if task != "classification":
         raise ValueError(f"task {task!r} is not known: choose 'sft' or 'classification'")
     names = _label_names(num_labels, label_names)
     path, source_options = _resolve_weights(model, source)
-    with _reading(model):
+    with reading(model):
         loaded: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             path,
             id2label=dict(enumerate(names)),
@@ -156,11 +148,11 @@ def load_skeleton(
         names = _label_names(None, label_names)
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: index for index, name in enumerate(names)}
-    with _reading(model):
+    with reading(model):
         config = AutoConfig.from_pretrained(path, **options)
     if label_names is not None:
         config.pad_token_id = load_tokenizer(model, **source).pad_token_id
-    with _reading(model), torch.device("meta"):
+    with reading(model), torch.device("meta"):
         skeleton: PreTrainedModel = auto.from_config(config, trust_remote_code=source.get("trust_remote_code", False))
     return skeleton
 
@@ -183,56 +175,13 @@ def _resolve(model: str, source: Source) -> tuple[str, dict[str, Any]]:
     """The loadable path of `model`, and the options that `from_pretrained` still needs for it."""
     path = resolve_model(model, source.get("gguf_file"), source.get("revision"))
     if Path(path).is_dir():
-        _check_base(Path(path))
+        check_base(Path(path))
     options: dict[str, Any] = {}
     if path == model and source.get("revision") is not None:
         options["revision"] = source["revision"]
     # Without a word from us transformers would ask at the terminal.
     options["trust_remote_code"] = bool(source.get("trust_remote_code"))
     return path, options
-
-
-def _check_base(folder: Path) -> None:
-    """Refuse what a base model's config can make transformers do beside building a model of its own classes."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return
-    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        indexed(index)
-    config = read_json(file, dict)
-    if (folder / "adapter_config.json").is_file():
-        # transformers would go on to load it, and the base model that it names, in place of this one.
-        raise ValueError(
-            f"{folder} holds an adapter beside its model: merge it, or take adapter_config.json out of the folder."
-        )
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
-        for name in config[key].values() if isinstance(config.get(key), dict) else [config.get(key)]:
-            if isinstance(name, str) and set(name) & set("/:"):
-                raise ValueError(f"{file}: {key} is {shown(name)}, code from a repository: remove the key.")
-    if "transformers_weights" in config:
-        file_name(config["transformers_weights"], f"{file}, transformers_weights")
-    for key in _LAYERS:
-        if isinstance(config.get(key), int) and config[key] > _MOST_LAYERS:
-            raise ValueError(f"{file}: {key} is {shown(config[key])}, more than the {_MOST_LAYERS:,} that are built.")
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """What transformers says of files that it can't read, as a ValueError that names them."""
-    try:
-        yield
-    except (OSError, MemoryError, ModuleNotFoundError):
-        raise
-    except Exception as error:
-        # transformers checks little of a file before it computes with it: a broken one ends in any kind of error.
-        if is_out_of_memory(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{what} needs code that it brings along, which only you can allow. If you trust it: "
-                "--trust-remote-code (trust_remote_code: true in a run file)."
-            ) from error
-        raise ValueError(f"{what} can't be read: {type(error).__name__}: {message_of(error)}") from error
 
 
 def _label_names(num_labels: int | None, label_names: Sequence[str] | None) -> list[str]:

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from loraplex import ScheduleCallback
 from loraplex.evaluate import Evaluator, Metrics
+from loraplex.field_types import expected, fits, shown
 from loraplex.reading import read_json
 from loraplex.training.arguments import adapter_config, check_engine, checkpoint_without_reentry, training_arguments
 from loraplex.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
@@ -40,7 +41,7 @@ from loraplex.training.checkpoints import (
 )
 from loraplex.training.config import ConfigError, RunConfig, to_yaml
 from loraplex.training.data import Task, build_mixture, load_task
-from loraplex.training.encode import encode_texts, encode_training
+from loraplex.training.encode import check_vocabulary, encode_texts, encode_training
 from loraplex.training.lock import locked
 from loraplex.training.memory import located
 from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
@@ -62,6 +63,18 @@ _ADAPTER_FILES = (
     "added_tokens",
     "chat_template",
 )
+
+
+_STATE = {
+    **dict.fromkeys(("global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen"), int),
+    **dict.fromkeys(("epoch", "total_flos"), float),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), int | float | None),
+    **dict.fromkeys(("train_batch_size", "best_global_step"), int | None),
+    "best_metric": float | None,
+    "best_model_checkpoint": str | None,
+    "log_history": list[dict],
+}
+"""Of the trainer's state, what it computes with, without a look at the types."""
 
 
 @dataclass
@@ -191,6 +204,7 @@ def _build_trainer(
         data = encode_training(tokenizer, mixture, run.train.max_length)
     else:
         data = encode_texts(tokenizer, mixture, run.train.max_length)
+    check_vocabulary(data["input_ids"], model)
     if len(data) == 0:
         raise ConfigError("data: no training example is left: every answer is empty.")
     # evaluate() is ours, but the Trainer refuses to plan evaluations without a data set of its own.
@@ -255,8 +269,11 @@ def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | N
 def _finished_state(checkpoint: Path) -> TrainerState | None:
     # The Trainer would take a step too many if it were asked to continue from its last one.
     file = checkpoint / TRAINER_STATE_NAME
-    read_json(file, dict)  # its limits
+    settings = read_json(file, dict)
     try:
+        for name, kind in _STATE.items():
+            if not fits(settings.get(name), kind):
+                raise TypeError(f"{name} is {shown(settings.get(name))}, not {expected(kind)}")
         state = TrainerState.load_from_json(str(file))
     except (TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file} is no state of a training run ({error}): delete the checkpoint.") from None

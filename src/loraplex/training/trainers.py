@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,14 @@ from trl import SFTTrainer
 from loraplex.evaluate import Evaluator
 from loraplex.files import put_in_place
 from loraplex.parallel import gathered_state_dict
+from loraplex.reading import message_of, read_json
 from loraplex.schedule import save_schedules
 from loraplex.training.callbacks import MetricsCallback
 from loraplex.training.checkpoints import SAVING, outdated, seal
+from loraplex.training.config import ConfigError
 from loraplex.training.metrics import MetricsLog
 from loraplex.training.nonfinite import NonFiniteGuard
+from loraplex.training.out_of_memory import is_out_of_memory
 from loraplex.training.zero import load_state, save_state
 
 SCHEDULER_JSON = "scheduler.json"
@@ -138,11 +142,27 @@ class _TaskEvaluation(_Base):
         load_state(self.model_wrapped, Path(resume_from_checkpoint))
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        text = Path(resume_from_checkpoint, SCHEDULER_JSON).read_text(encoding="utf-8")
-        self.lr_scheduler.load_state_dict(json.loads(text))
+        with _reading(resume_from_checkpoint):
+            self.lr_scheduler.load_state_dict(read_json(Path(resume_from_checkpoint, SCHEDULER_JSON), dict))
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled:
@@ -154,6 +174,25 @@ class _TaskEvaluation(_Base):
         # MultiLoRA's scaling starts at zero and is a gate: decay would pull the whole update back to nothing.
         names = super().get_decay_parameter_names(model)
         return [name for name in names if "lora_scaling" not in name]
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    """What the libraries say of a checkpoint that they can't read, as a ConfigError that names it.
+
+    torch reads the pickles in it with its restricted loader, which runs no code of theirs.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"{checkpoint} can't be read: {type(error).__name__}: {message_of(error)}. Delete it, and --resume goes on "
+            "from the one before."
+        ) from error
 
 
 class AnswerTrainer(_TaskEvaluation, SFTTrainer):
