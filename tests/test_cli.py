@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
 import loraplex
-from loraplex.cli import main, split_overrides
+from loraplex.cli import main, quiet, split_overrides
 from loraplex.training.arguments import adapter_config, check_train
 from loraplex.training.config import load_run
 
@@ -106,6 +107,19 @@ def test_missing_and_malformed_files(tmp_path, capsys):
     for command in (["inspect"], ["eval"], ["merge", "-o", str(tmp_path / "m")]):
         assert "is not a folder" in error_of(capsys, *command, str(tmp_path / "none"))
         assert "adapter_config.json is missing" in error_of(capsys, *command, str(tmp_path))
+
+
+def test_methods_of_a_study_that_are_no_names(tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text("methods: [{a: 1}, lora]\n")
+    assert "methods is [{'a': 1}, 'lora']" in error_of(capsys, "compare", str(tmp_path / "study.yaml"))
+
+
+def test_warnings_obey_no_terminal():
+    """PEFT's repeat what an adapter's file says."""
+    quiet(data=False)
+    shown = warnings.formatwarning(UserWarning("exclude_modules=\x1b[31m\0"), UserWarning, "x.py", 1)
+    assert r"exclude_modules=\x1b[31m\x00" in shown
+    assert "\x1b" not in shown
 
 
 def test_missing_data_and_model(tmp_path, capsys):

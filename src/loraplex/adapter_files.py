@@ -64,7 +64,7 @@ def check_adapter_files(folder: str | os.PathLike[str]) -> dict[str, Any]:
         in_full = settings.get("modules_to_save")
         if isinstance(in_full, list) and in_full and all(any(mark in key for mark in marks) for key in keys):
             raise ValueError(
-                f"{weights} lacks the modules that were trained in full ({', '.join(map(str, in_full))}): "
+                f"{weights} lacks the modules that were trained in full ({shown(in_full)}): "
                 "copy or download the adapter again."
             )
     elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):

@@ -606,12 +606,23 @@ def _print_json(value: dict[str, Any]) -> None:
     print(json_text(value))
 
 
+_format_warning = warnings.formatwarning
+
+
+def _printable_warning(*args: Any, **options: Any) -> str:
+    """A warning as it may be shown: PEFT's repeat names from an adapter's file."""
+    from loraplex.reading import printable
+
+    return printable(_format_warning(*args, **options))
+
+
 def quiet(data: bool = True) -> None:
     """Show our own progress and the libraries' errors, but not their advice; `data`: the command reads data sets."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
 
     # Deprecations between the libraries are nothing that a user of this command can act on.
+    warnings.formatwarning = _printable_warning
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     transformers.utils.logging.set_verbosity_error()

@@ -267,6 +267,8 @@ def _reshape(draw: Draw, folder: Folder, room: Room) -> None:
     if folder.tensors[key].dtype not in raw.DTYPES:
         return
     tensor = folder.tensors[key].tensor()
+    if not tensor.numel():
+        return  # of an earlier mutation
     changes: list[Callable[[], torch.Tensor]] = [
         lambda: tensor.T if tensor.ndim == 2 else tensor[None],
         lambda: tensor.reshape(-1),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from loraplex.training.config import explain, joined
 from loraplex.training.data import build_mixture, load_task
 from loraplex.training.spec import DataSpec
 from tests.fuzz.draw import TEXTS, Draw, mutate_bytes, mutate_tree, short
@@ -54,7 +55,8 @@ def run(draw: Draw, room: Room, place: Path, watch: Watch) -> Result:
         except BaseException as error:
             result.outcome, result.message = "refused", text_of(error)[:500]
             if type(error).__name__ == "ValidationError":
-                error = ValueError(text_of(error))  # a run's YAML file turns these into its own words
+                # As a run's YAML file says it.
+                error = ValueError(joined(explain(entry, "run.yaml", set(), DataSpec, {}) for entry in error.errors()))
             if fault := fault_of(error):
                 result.bad(fault, error)
         else:

@@ -91,8 +91,8 @@ def run(draw: Draw, room: Room, place: Path, watch: Watch) -> Result:
 def _load(draw: Draw, room: Room, result: Result, folder: adapters.Folder, target: Path, watch: Watch) -> None:
     load, on = PATHS[result.path]
     if on == "itself":
-        if folder.config_bytes is not None or folder.config != room.configs[folder.name]:
-            folder.config, folder.config_bytes = room.configs[folder.name], None
+        # Settings are not read here; to Python those with 0.0 in place of false would be equal to the right ones.
+        folder.config, folder.config_bytes = room.configs[folder.name], None
         try:
             load_file(target / "adapter_model.safetensors")
         except Exception:

@@ -41,7 +41,7 @@ class Expectation:
     """Plain parameter name → tensor that was trained in full."""
     finite: bool = True
     moderate: bool = True
-    """No factor is so large that float32 overflows where float64 does not."""
+    """No factor is so large that float32 overflows where float64 does not, nor a sign's so small that it underflows."""
 
 
 def is_number(value: Any) -> bool:
@@ -140,8 +140,11 @@ def check_settings(config: Any) -> None:
 
 def read_config(folder: Path) -> Any:
     """adapter_config.json; Invalid where it is none."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise Invalid("config: no file")
     try:
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise Invalid(f"config: {type(error).__name__}") from error
 
@@ -251,6 +254,7 @@ class _Reader:
             raise Invalid(f"warm-up {done} of {steps}")
         A, B = self._own(name, "lora_A", (r1, width)), self._own(name, "lora_B", (out, r1))
         C, D = self._own(name, "lora_C", (r2, width)), self._own(name, "lora_D", (out, r2))
+        self.found.moderate &= all(bool(((t == 0) | (t.abs() > 1e-15)).all()) for t in (C, D))
         scale = alpha / (r1 * r2) ** (0.25 if self._setting("use_rslora") else 0.5)
         delta = scale * min(1.0, done / max(steps, 1)) * (B @ A).clamp(min=0) * torch.where(D @ C > 0, 1.0, -1.0)
         return lambda x: x @ delta.T

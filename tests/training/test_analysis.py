@@ -13,7 +13,7 @@ from runs import METHODS, entry, write_run
 
 from helpers import MERGEABLE, adapted, layers_of, naive_updates
 from loraplex import analysis
-from loraplex.analysis import Spectrum, analyse, cka
+from loraplex.analysis import Analysis, Spectrum, analyse, cka
 from loraplex.cli import main
 from loraplex.training.figures import draw
 
@@ -144,6 +144,12 @@ def test_inspect_plots(trained, tmp_path, method, capsys):
             assert sum(gates) == pytest.approx(1, abs=1e-6)
     assert main(["inspect", str(trained[method]), "--plots", str(tmp_path / "plots")]) == 0
     assert "effective rank" in capsys.readouterr().out
+
+
+def test_updates_that_are_zero_have_figures(tmp_path):
+    """An adapter at the start of its training, or of Dual LoRA's warm-up."""
+    draw(Analysis("DUALLORA", [spectrum(0.0, 0.0), spectrum()]), tmp_path / "plots")
+    assert (tmp_path / "plots" / "spectra.png").is_file()
 
 
 def test_figures_show_what_they_say(trained, tmp_path):

@@ -105,7 +105,7 @@ class StudyConfig(BaseModel):
     @field_validator("methods", mode="before")
     @classmethod
     def _bare_names(cls, methods: Any) -> Any:
-        if isinstance(methods, list):
+        if isinstance(methods, list) and all(isinstance(name, str) for name in methods):
             methods = dict.fromkeys(methods)
         if not isinstance(methods, dict):
             return methods

@@ -80,9 +80,10 @@ def _spectra(analysis: Analysis) -> Figure | None:
             grey = str(0.8 * (1 - max(s.depth, 0) / deepest))
             numbers = range(1, len(s.values) + 1)
             marker: dict[str, Any] = {"marker": ".", "markersize": 4} if len(s.values) < 40 else {}
-            values.plot(numbers, [v / s.values[0] for v in s.values], color=grey, linewidth=0.9, **marker)
+            values.plot(numbers, [v / (s.values[0] or 1) for v in s.values], color=grey, linewidth=0.9, **marker)
             cumulative.plot(numbers, [s.share(k) for k in numbers], color=grey, linewidth=0.9, **marker)
-        values.set_yscale("log")
+        if any(s.norm for s in group):
+            values.set_yscale("log")
         notes = {s.note for s in group if s.note}
         values.set_title(f"{short(role)}{' (' + ', '.join(notes) + ')' if notes else ''}", fontsize="medium")
         values.set(xlabel="number of the singular value", ylabel="σᵢ / σ₁")
