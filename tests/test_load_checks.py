@@ -486,6 +486,20 @@ def test_nonfinite_biases_are_announced(
     assert [record for record in caplog.records if "NaN" in record.getMessage()]
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@every_plain
+def test_what_was_trained_in_full_takes_the_model_s_dtype(method: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    arch = ARCHS["roberta"]
+    settings = config(method, target_modules=arch.targets, bias="lora_only", modules_to_save=["classifier"])
+    get_peft_model(arch.build(), settings).save_pretrained(tmp_path)
+    tensors = h.file_tensors(tmp_path)
+    full = [key for key in tensors if key.endswith(".bias") or "classifier" in key]
+    write({**tensors, **{key: tensors[key].bfloat16() for key in full}}, tmp_path)
+    model = PeftModel.from_pretrained(arch.build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert output(model.eval(), arch.inputs()).isfinite().all()
+
+
 # Messages, and modules that can't be trained in full
 
 

@@ -282,6 +282,14 @@ def _is_resized(base: PreTrainedModel) -> bool:
     return bool(saved.vocab_size != size)
 
 
+def to_their_dtypes(model: nn.Module, method: str, state: dict[str, Tensor]) -> None:
+    """Cast what was trained in full, as loading does: `low_cpu_mem_usage` has PEFT put tensors in place as they are."""
+    places, marks = model.state_dict(), (f".{method.lower()}_factors.", f".{method.lower()}_shared.")
+    for key, tensor in state.items():
+        if key in places and not any(mark in key for mark in marks):
+            state[key] = tensor.to(places[key].dtype)
+
+
 def keep_values(model: nn.Module, keys: Iterable[str]) -> None:
     """Copy what is about to be overwritten, so that a load that does not come to its end can put it back."""
     if running():

@@ -33,6 +33,7 @@ from loraplex.load_checks import (
     read_tensors,
     shared_with_prefix,
     to_model_keys,
+    to_their_dtypes,
     warn_of_nonfinite,
     weights_of,
 )
@@ -368,6 +369,7 @@ class AdapterModel(BaseTuner):
         check_tensors(model, adapter_name, config, state)
         warn_of_nonfinite(state, config.method)
         keep_values(model, state)
+        to_their_dtypes(model, config.method, state)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -111,8 +111,8 @@ OWN: dict[str, dict[str, Callable[[Any], bool]]] = {
         "expert_mixing": _one_of("router", "sum", "concat"),
     },
     "ASLORA": {
-        "merge_start_step": _steps,
-        "merge_interval": _steps,
+        "merge_start_step": _optional(_steps),
+        "merge_interval": _optional(_steps),
         "num_merges": _optional(lambda value: _count(value, 0)),
         "merge_candidates": _one_of("adjacent", "all"),
         "merge_distance": _one_of("factor", "update"),
@@ -120,7 +120,7 @@ OWN: dict[str, dict[str, Callable[[Any], bool]]] = {
     "DUALLORA": {
         "r_magnitude": _optional(_count),
         "r_direction": _optional(_count),
-        "warmup_steps": _steps,
+        "warmup_steps": _optional(_steps),
         "init_std": _positive,
         "compute": _one_of("auto", "added", "apart", "reference"),
         "cache_delta": _flag,
