@@ -412,7 +412,7 @@ def _beside(draw: Draw, folder: Folder, room: Room) -> None:
         name = draw.choice(["adapter_model.safetensors", "adapter_config.json", "README.md", "loraplex.json",
                             "labels.json", "run.yaml", ".loraplex.json", "adapter_model.bin"])  # fmt: skip
         goal = draw.choice(
-            ["../blob", "../blob", "/etc/passwd", "/dev/zero", "/dev/null", "nowhere", "../..", name, "."]
+            ["../blob", "../blob", "../../base/config.json", "/dev/zero", "/dev/null", "nowhere", "../..", name, "."]
         )
         folder.links = {**(folder.links or {}), name: goal}
         draw.note(f"{name} → {goal}")

@@ -167,7 +167,10 @@ def _adapter(draw: Draw, room: Room, place: Path) -> Path:
     folder.write(target)
     # A checkpoint's run file lies one folder up.
     for name, content in beside.items():
-        (place if target.name.startswith("checkpoint-") else target).joinpath(name).write_bytes(content)
+        path = (place if target.name.startswith("checkpoint-") else target) / name
+        if path.is_symlink():
+            path.unlink()  # never write through a link of the case
+        path.write_bytes(content)
     return target
 
 

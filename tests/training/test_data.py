@@ -619,3 +619,10 @@ def test_real_movie_reviews_as_answers():
     (answer,) = task.train[0]["completion"]
     assert answer["role"] == "assistant"
     assert answer["content"] in ("negative", "positive")
+
+
+def test_half_of_a_surrogate_pair(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a\\ud800", "label": "x"}\n' * 2)
+    with pytest.raises(ValueError, match="holds half of a surrogate pair"):
+        load_task(DataSpec(path=str(path), prompt="{text}", response="{label}"), 0)

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
@@ -46,6 +47,15 @@ class Task:
     """Untouched by training, for the last word on an adapter."""
 
 
+def _data_set(examples: list[dict[str, Any]], path: str) -> Dataset:
+    try:
+        return Dataset.from_list(examples)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path!r} holds half of a surrogate pair, which is no character ({error}): remove it"
+        ) from None
+
+
 def load_task(spec: DataSpec, seed: int, kind: Kind = "sft", chat: bool = False) -> Task:
     """Read a data set, hold parts out and turn its rows into examples of `kind`.
 
@@ -76,9 +86,9 @@ def load_task(spec: DataSpec, seed: int, kind: Kind = "sft", chat: bool = False)
     return Task(
         name=spec.title,
         kind=kind,
-        train=Dataset.from_list(train),
-        eval=Dataset.from_list(evaluated) if evaluated else None,
-        test=Dataset.from_list(tested) if tested else None,
+        train=_data_set(train, spec.path),
+        eval=_data_set(evaluated, spec.path) if evaluated else None,
+        test=_data_set(tested, spec.path) if tested else None,
         weight=spec.weight,
         label_names=label_names,
         dropped=dropped,
