@@ -33,7 +33,7 @@ from transformers import (
 
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
 from loraplex.layer import AdapterLinear
-from loraplex.model import find_bank
+from loraplex.sharing import find_bank
 
 VOCAB, HIDDEN, INNER, HEADS, LAYERS = 61, 32, 48, 4, 5
 """Five layers: MASA's groups of two do not divide them."""

@@ -38,9 +38,9 @@ import loraplex
 from helpers import ARCHS, METHODS, PLAIN, adapted, config, output, ready
 from loraplex.layer import AdapterLinear
 from loraplex.load_checks import weights_of
-from loraplex.model import AdapterModel, find_bank
+from loraplex.model import AdapterModel
 from loraplex.registry import add_peft_type
-from loraplex.sharing import BANK, FactorBank
+from loraplex.sharing import BANK, FactorBank, find_bank
 from loraplex.updates import PlainLora
 
 TYPES = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")

@@ -27,8 +27,8 @@ from devices import several_devices
 from helpers import ARCHS, LAYERS, METHODS, PLAIN, config, output
 from loraplex import parallel
 from loraplex.analysis import analyse
-from loraplex.model import find_bank
 from loraplex.placement import device_of, input_device
+from loraplex.sharing import find_bank
 
 FIRST, SECOND = "cpu:1", "cpu:2"
 

@@ -7,9 +7,8 @@ itself, since quantising the same weight again gives other bits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBackend
@@ -19,18 +18,29 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.packing import is_packed, unpacked
 from loraplex.parallel import is_sharded
 
-if TYPE_CHECKING:
-    from loraplex.layer import AdapterLinear
 
-# In elements.
-_CPU_TILE, _GPU_TILE = 1 << 18, 1 << 22
+class Layer(Protocol):
+    """An adapted layer, as far as its base weight is concerned."""
+
+    base_layer: nn.Module
+    quantization_backend: Any
+    fan_in_fan_out: bool
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost layer, which holds the weight."""
+
+    def get_base_weight(self) -> Tensor:
+        """The weight that PEFT reads."""
+
+    def set_base_weight(self, weight: Tensor) -> None:
+        """Let PEFT write the weight."""
 
 
 class Unreadable(Exception):
     """The quantisation's backend can't read or write this weight."""
 
 
-def keep(layer: AdapterLinear) -> tuple[Any, ...]:
+def keep(layer: Layer) -> tuple[Any, ...]:
     """What `put_back` needs. In a tuple: torch would register a parameter or module that is an attribute."""
     inner: Any = layer.get_base_layer()
     match layer.quantization_backend:
@@ -45,7 +55,7 @@ def keep(layer: AdapterLinear) -> tuple[Any, ...]:
             return (inner.weight,)
 
 
-def put_back(layer: AdapterLinear, kept: tuple[Any, ...]) -> None:
+def put_back(layer: Layer, kept: tuple[Any, ...]) -> None:
     """Restore what `keep` found, bit for bit, on the device where the layer is now."""
     inner: Any = layer.get_base_layer()
     match layer.quantization_backend:
@@ -71,14 +81,7 @@ def put_back(layer: AdapterLinear, kept: tuple[Any, ...]) -> None:
             inner.weight = weight if stayed else nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
 
 
-def tiles(matrix: Tensor) -> Iterator[slice]:
-    """Rows of `matrix` that are worked on together: a few float32 copies stay in a CPU's cache, or are few launches."""
-    rows, columns = matrix.shape
-    step = max(1, (_CPU_TILE if matrix.device.type == "cpu" else _GPU_TILE) // columns)
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def read(layer: AdapterLinear) -> Tensor:
+def read(layer: Layer) -> Tensor:
     """The weight, dequantised if need be: a copy or the weight itself."""
     inner: Any = layer.get_base_layer()
     if isinstance(layer.quantization_backend, Bnb4bitBackend) and is_packed(inner.weight):
@@ -94,7 +97,7 @@ def read(layer: AdapterLinear) -> Tensor:
         raise Unreadable(str(error)) from error
 
 
-def write(layer: AdapterLinear, weight: Tensor) -> Tensor:
+def write(layer: Layer, weight: Tensor) -> Tensor:
     """Store `weight`, quantised if need be, and return it as it is stored.
 
     Raises:
@@ -112,7 +115,7 @@ def write(layer: AdapterLinear, weight: Tensor) -> Tensor:
     return read(layer)
 
 
-def plain(layer: AdapterLinear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def plain(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """(W (out, in), b or None), where calling the base layer does no more than W x + b and trains neither; else None.
 
     Whoever hooks a module (accelerate moves weights, users record activations) expects it to be called.
@@ -133,7 +136,7 @@ def plain(layer: AdapterLinear, x: Tensor) -> tuple[Tensor, Tensor | None] | Non
     return (weight.T if layer.fan_in_fan_out else weight), bias
 
 
-def passes_gradient(layer: AdapterLinear, x: Tensor, result: Tensor) -> bool:
+def passes_gradient(layer: Layer, x: Tensor, result: Tensor) -> bool:
     """Whether a quantised layer lets gradients through to its input; some are made for inference only."""
     asked = layer.quantization_backend is not None and torch.is_grad_enabled() and x.requires_grad
     return not asked or result.requires_grad

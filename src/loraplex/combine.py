@@ -6,23 +6,20 @@ rank, and is exact only where all adapters have the same A: B = Σ wₖ Bₖ.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from loraplex.attempt import all_or_nothing
 from loraplex.config import AdapterConfig
 from loraplex.layer import AdapterLinear, Factors
-
-if TYPE_CHECKING:
-    from loraplex.model import AdapterModel
+from loraplex.sharing import shared_by
 
 COMBINATIONS = ("cat", "linear")
 
 
 def add_weighted_adapter(
-    tuner: AdapterModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     """Add the adapter `adapter_name`, whose update is the weighted sum of those of `adapters`.
 
@@ -39,7 +36,7 @@ def add_weighted_adapter(
             f"The sum of {adapters} has the ranks {sorted(ranks)} on different modules, and one adapter has one rank: "
             "adapters with rank_pattern can't be combined. Export each with loraplex.export_lora and combine there."
         )
-    layouts = [part.layout() for name in adapters if (part := tuner.shared(name)) is not None]
+    layouts = [part.layout() for name in adapters if (part := shared_by(tuner.model, name)) is not None]
     if any(layout != layouts[0] for layout in layouts):
         raise ValueError("The adapters share along other layers (layers_pattern): such factors don't add up.")
     config = configs[0].holding(ranks.pop(), configs)
@@ -52,15 +49,15 @@ def add_weighted_adapter(
         for layer in layers:
             if id(layer) in sums:
                 layer.factors(adapter_name).hold(*sums[id(layer)])  # type: ignore[union-attr]
-        shared = tuner.shared(adapter_name)
+        shared = shared_by(tuner.model, adapter_name)
         if shared is not None:
-            shared.follow([part for name in adapters if (part := tuner.shared(name)) is not None])
+            shared.follow([part for name in adapters if (part := shared_by(tuner.model, name)) is not None])
 
     all_or_nothing(tuner, add)
 
 
 def _check(
-    tuner: AdapterModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> list[AdapterConfig]:
     if combination_type not in COMBINATIONS:
         raise ValueError(

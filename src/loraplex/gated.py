@@ -32,9 +32,8 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from loraplex import loss_scaling, rounding
-from loraplex.base_weight import tiles
 from loraplex.layer import wide
-from loraplex.products import product
+from loraplex.products import product, tiles
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 

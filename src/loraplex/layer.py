@@ -18,7 +18,7 @@ from loraplex.config import AdapterConfig
 from loraplex.finite import check_factors
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 from loraplex.placement import Resident, device_of, is_offloaded, loaded
-from loraplex.products import add_product_, product
+from loraplex.products import add_product_, product, tiles
 
 _FULL_RANKS = 16
 """How many times in + out the ranks of all parts of an adapter may come to."""
@@ -352,7 +352,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             return 0.0, 0.0
         lost = total = torch.zeros((), dtype=torch.float64, device=view.device)
         of_rows = [factors.by_rows() for factors in adapters]
-        for rows in base_weight.tiles(view):
+        for rows in tiles(view):
             # Sum in float32 at least and round once: rounding after each adapter would lose small updates.
             delta: Tensor = sum(update(rows).to(view.device) for update in of_rows)  # type: ignore[assignment]
             if exact:

@@ -42,7 +42,7 @@ from loraplex.placement import refuse_loaded_with_parent
 from loraplex.reading import message_of
 from loraplex.schedule import Scheduled
 from loraplex.schedule_callback import join_trainers
-from loraplex.sharing import BANK, FactorBank, SharedFactors, link
+from loraplex.sharing import BANK, SharedFactors, find_bank, link, shared_by
 from loraplex.updates import ROOT
 
 logger = logging.getLogger(__name__)
@@ -297,8 +297,7 @@ class AdapterModel(BaseTuner):
 
     def shared(self, adapter_name: str) -> SharedFactors | None:
         """What the layers of `adapter_name` share, or None."""
-        bank = find_bank(self.model)
-        return None if bank is None else bank.shared(adapter_name)
+        return shared_by(self.model, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; the bank follows the layers in which one is active next."""
@@ -378,11 +377,6 @@ class AdapterModel(BaseTuner):
             for inner, shared in shared_with_prefix(self, adapter_name):
                 shared.check_loaded(state_dict, prefix + inner)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def find_bank(model: nn.Module) -> FactorBank | None:
-    """The bank of shared factors of `model` (a PeftModel, a tuner or the adapted model), or None."""
-    return next((m for m in model.modules() if isinstance(m, FactorBank)), None)
 
 
 def _warn_of_loss(errors: dict[str, float]) -> None:

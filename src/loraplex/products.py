@@ -10,18 +10,20 @@ process, and turning it off for a moment would slow down, and recompile, what ot
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from loraplex.base_weight import tiles
 
 # Devices whose products have a setting, and by which of torch's backends it is kept.
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn", "xpu": "mkldnn"}
 
 # Before it there was one setting for all, beside allow_tf32.
 _ONE_SETTING = torch.__version__ < "2.9"  # compared as versions
+
+# In elements.
+_CPU_TILE, _GPU_TILE = 1 << 18, 1 << 22
 
 
 def product(B: Tensor, A: Tensor) -> Tensor:
@@ -38,6 +40,13 @@ def add_product_(total: Tensor, B: Tensor, A: Tensor) -> None:
             total[rows] += _in_float64(B[rows], A)
     else:
         total.addmm_(B, A)
+
+
+def tiles(matrix: Tensor) -> Iterator[slice]:
+    """Rows of `matrix` that are worked on together: a few float32 copies stay in a CPU's cache, or are few launches."""
+    rows, columns = matrix.shape
+    step = max(1, (_CPU_TILE if matrix.device.type == "cpu" else _GPU_TILE) // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def is_reduced(matrix: Tensor) -> bool:

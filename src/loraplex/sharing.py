@@ -235,6 +235,17 @@ class FactorBank(nn.Module, BaseTunerLayer):
         return True
 
 
+def find_bank(model: nn.Module) -> FactorBank | None:
+    """The bank of shared factors of `model` (a PeftModel, a tuner or the adapted model), or None."""
+    return next((m for m in model.modules() if isinstance(m, FactorBank)), None)
+
+
+def shared_by(model: nn.Module, adapter_name: str) -> SharedFactors | None:
+    """What the layers of `adapter_name` share, or None."""
+    bank = find_bank(model)
+    return None if bank is None else bank.shared(adapter_name)
+
+
 def first_layer(shared: SharedFactors) -> AdapterLinear:
     """The first layer that reads `shared`."""
     return shared.__dict__["_first_layer"][0]
