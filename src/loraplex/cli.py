@@ -7,7 +7,6 @@ import gc
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -356,6 +355,8 @@ def _missing_module(error: ModuleNotFoundError) -> str:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.training.console import quiet
+
     quiet()
     from loraplex.training.arguments import adapter_config, check_train
     from loraplex.training.config import load_run, parse_overrides, to_yaml
@@ -394,6 +395,8 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.training.console import quiet
+
     quiet()
     from loraplex.training.adapted import evaluate_adapter, run_of
     from loraplex.training.config import parse_overrides
@@ -441,6 +444,8 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _write_export(args: argparse.Namespace, overrides: list[str], **settings: Any) -> int:
+    from loraplex.training.console import quiet
+
     quiet()
     from loraplex.finite import allow_nonfinite
     from loraplex.training.adapted import run_of
@@ -504,6 +509,8 @@ def _cache(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _budget(args: argparse.Namespace, overrides: list[str]) -> int:
     gc.disable()  # a short command with millions of small objects and little garbage: a second of ten for 70B
+    from loraplex.training.console import quiet
+
     quiet(data=False)
     from loraplex.training.budgeting import METHODS, BudgetJob, plan_methods
     from loraplex.training.config import parse_overrides
@@ -521,6 +528,8 @@ def _budget(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _study(args: argparse.Namespace, overrides: list[str]) -> int:
+    from loraplex.training.console import quiet
+
     quiet()
     from loraplex.study.config import load_study
     from loraplex.study.report import HTML_NAME, write_report
@@ -575,6 +584,8 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
         else:
             print_description(description, args.adapter)
         return 0
+    from loraplex.training.console import quiet
+
     quiet()
     from loraplex.training.figures import draw
     from loraplex.training.looking import analyse_adapter
@@ -592,6 +603,8 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _compare(exported: Path, source: Path, typed: list[tuple[str, Any]], allow_code: Sequence[str]) -> dict[str, float]:
+    from loraplex.training.console import quiet
+
     quiet()
     from loraplex.plain import compare
     from loraplex.training.adapted import labels_of, load_on_skeleton, run_of
@@ -604,32 +617,6 @@ def _print_json(value: dict[str, Any]) -> None:
     from loraplex.reading import json_text
 
     print(json_text(value))
-
-
-_format_warning = warnings.formatwarning
-
-
-def _printable_warning(*args: Any, **options: Any) -> str:
-    """A warning as it may be shown: PEFT's repeat names from an adapter's file."""
-    from loraplex.reading import printable
-
-    return printable(_format_warning(*args, **options))
-
-
-def quiet(data: bool = True) -> None:
-    """Show our own progress and the libraries' errors, but not their advice; `data`: the command reads data sets."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    # Deprecations between the libraries are nothing that a user of this command can act on.
-    warnings.formatwarning = _printable_warning
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    transformers.utils.logging.set_verbosity_error()
-    if data:
-        import datasets
-
-        datasets.utils.logging.set_verbosity_error()
 
 
 _COMMANDS = {

@@ -17,8 +17,8 @@ import helpers as h
 from loraplex.cli import main
 from loraplex.plain_folder import to_plain
 from loraplex.reading import MAX_MESSAGE, json_text, message_of, printable
+from loraplex.training.console import make_console
 from loraplex.training.metrics import plot_losses
-from loraplex.training.report import make_console
 
 EVIL = "\x1b]0;title\x07\x1b[2J[red]x[/red][/nothing]\u202e\x9b31m"
 

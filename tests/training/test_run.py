@@ -18,7 +18,7 @@ from loraplex.cli import main
 from loraplex.training.arguments import training_arguments
 from loraplex.training.config import load_run
 from loraplex.training.encode import encode_training
-from loraplex.training.run import load_data
+from loraplex.training.prepare import load_data
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,9 +19,9 @@ from loraplex.study.inside import TOP
 from loraplex.study.results import ALL, Line, TaskResult, collect
 from loraplex.study.run import State
 from loraplex.study.statistics import spread
+from loraplex.training.console import size_text
 from loraplex.training.metrics import write_atomic
-from loraplex.training.report import size_text
-from loraplex.training.run import versions
+from loraplex.training.result import versions
 
 JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = "results.json", "results.csv", "report.md", "report.html"
 

@@ -30,8 +30,9 @@ from loraplex.training.config import ConfigError, RunConfig, build_run
 from loraplex.training.lock import locked
 from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
 from loraplex.training.models import load_skeleton
+from loraplex.training.prepare import load_data
 from loraplex.training.progress import note, progress
-from loraplex.training.run import VERSIONS_NAME, load_data, versions
+from loraplex.training.result import VERSIONS_NAME, versions
 
 STUDY_NAME = "study.yaml"
 SIZES_NAME = "sizes.json"

@@ -23,8 +23,8 @@ from loraplex.training.arguments import config_class, method_of
 from loraplex.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.training.config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
 from loraplex.training.models import load_model, load_skeleton
+from loraplex.training.prepare import load_data, make_evaluators
 from loraplex.training.progress import note
-from loraplex.training.run import load_data, make_evaluators
 
 
 def run_of(

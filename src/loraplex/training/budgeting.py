@@ -178,3 +178,12 @@ def _sorted(overrides: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], Any]:
         else:
             raise ConfigError(unknown_key(key, ["adapter.FIELD", *_SOURCE], "the command line"))
     return adapter, source
+
+
+STEP_PARTS = ("weights", "adapter", "gradients", "AdamW", "kept for backward")
+
+
+def step_parts(budget: Budget) -> dict[str, int]:
+    """The parts of a step's memory, in bytes, under the names that people are shown."""
+    adapter = (budget.adapter_bytes, budget.gradient_bytes, budget.optimizer_bytes, budget.activation_bytes)
+    return dict(zip(STEP_PARTS, (budget.weight_bytes, *adapter), strict=True))

@@ -12,7 +12,7 @@ from loraplex.training.packages import PACKAGE_PREFIX
 
 if TYPE_CHECKING:
     from loraplex.training.config import RunConfig
-    from loraplex.training.run import Result
+    from loraplex.training.result import Result
 
 _LOAD_OURS = "import loraplex  # registers the adapter's type with PEFT\n"
 OURS = ("masa", "aslora", "dual_lora", "multilora")

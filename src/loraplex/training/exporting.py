@@ -25,8 +25,8 @@ from loraplex.training.config import ConfigError, RunConfig, build_run
 from loraplex.training.data import load_task
 from loraplex.training.encode import encode_texts, encode_training
 from loraplex.training.models import DTYPES, base_folder, load_tokenizer
+from loraplex.training.prepare import uses_chat
 from loraplex.training.progress import note
-from loraplex.training.run import uses_chat
 from loraplex.updates import adapted
 from loraplex.wish import WEIGHTS_NAME, Wish, sha256_of
 

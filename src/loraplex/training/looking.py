@@ -14,7 +14,7 @@ from loraplex.training.adapted import adapter_json, labels_of, load_adapted, loa
 from loraplex.training.arguments import config_class
 from loraplex.training.config import ConfigError
 from loraplex.training.exporting import batches_of
-from loraplex.training.run import load_data
+from loraplex.training.prepare import load_data
 
 _EXAMPLES = 64
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from loraplex.training.arguments import training_arguments
-from loraplex.training.budgeting import BudgetJob, BudgetReport, plan_methods
+from loraplex.training.budgeting import BudgetJob, BudgetReport, plan_methods, step_parts
 from loraplex.training.callbacks import ProgressLine
 from loraplex.training.checkpoints import RUN_NAME, checkpoints
 from loraplex.training.config import METHODS, RunConfig
+from loraplex.training.console import size_text
 from loraplex.training.out_of_memory import OutOfMemory, is_out_of_memory
-from loraplex.training.report import size_text, step_parts
 
 
 @contextmanager

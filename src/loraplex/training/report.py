@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from loraplex.engines import ENGINES
 from loraplex.export import LoraExport
 from loraplex.inspect import Description
 from loraplex.merged import MergedExport
-from loraplex.reading import printable
+from loraplex.training.budgeting import STEP_PARTS, BudgetReport, step_parts
+from loraplex.training.console import make_console, size_text
+from loraplex.training.result import Result
 
 if TYPE_CHECKING:
     from loraplex.analysis import Analysis, Spectrum
-    from loraplex.budget import Budget
     from loraplex.calibrate import Calibration
-    from loraplex.training.budgeting import BudgetReport
-    from loraplex.training.run import Result
 
 # Choices of equal length have equal accuracies: one row is enough then.
 _SAME_AS = {"accuracy_norm": "accuracy"}
@@ -42,22 +39,6 @@ _WORDS = {
     "settings",
 }
 _METRICS = ("loss", "perplexity", "accuracy", "accuracy_norm", "exact_match", "f1")
-
-
-class PlainConsole(Console):
-    """Shows text as it is: names from files are no markup, and their control characters are written as escapes."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Every string that is printed comes by here, in a table too."""
-        return super().render_str(printable(text), **options)
-
-
-def make_console() -> Console:
-    """Standard output; as wide as it takes where no terminal sets the width."""
-    return PlainConsole() if sys.stdout.isatty() else PlainConsole(width=200)
 
 
 def print_summary(result: Result) -> None:
@@ -254,15 +235,6 @@ def print_budgets(report: BudgetReport) -> None:
     console.print("On top: what the frozen model keeps for backward, and buffers of single operations.")
 
 
-STEP_PARTS = ("weights", "adapter", "gradients", "AdamW", "kept for backward")
-
-
-def step_parts(budget: Budget) -> dict[str, int]:
-    """The parts of a step's memory, in bytes, under the names that people are shown."""
-    adapter = (budget.adapter_bytes, budget.gradient_bytes, budget.optimizer_bytes, budget.activation_bytes)
-    return dict(zip(STEP_PARTS, (budget.weight_bytes, *adapter), strict=True))
-
-
 def _common(settings: list[dict[str, Any]]) -> dict[str, Any]:
     """What all adapters share; a single one shares nothing."""
     first, *others = settings
@@ -271,15 +243,6 @@ def _common(settings: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _settings(settings: dict[str, Any]) -> str:
     return ", ".join(f"{k} {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in settings.items())
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them: "121.6 MiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from peft import get_peft_model
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from loraplex import ScheduleCallback
-from loraplex.evaluate import Evaluator, Metrics
+from loraplex.evaluate import Evaluator
 from loraplex.field_types import expected, fits, shown
 from loraplex.reading import read_json
 from loraplex.training.arguments import adapter_config, check_engine, checkpoint_without_reentry, training_arguments
@@ -40,18 +35,17 @@ from loraplex.training.checkpoints import (
     step_of,
 )
 from loraplex.training.config import ConfigError, RunConfig, to_yaml
-from loraplex.training.data import Task, build_mixture, load_task
+from loraplex.training.data import Task, build_mixture
 from loraplex.training.encode import check_vocabulary, encode_texts, encode_training
 from loraplex.training.lock import locked
 from loraplex.training.memory import located
 from loraplex.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
-from loraplex.training.models import load_model, load_tokenizer
 from loraplex.training.nonfinite import NonFiniteGuard
+from loraplex.training.prepare import load_base, load_data, make_evaluators
 from loraplex.training.progress import is_main, note
+from loraplex.training.result import VERSIONS_NAME, Result, peak_memory, versions
 from loraplex.training.trainers import AnswerTrainer, ClassifierTrainer
 
-VERSIONS_NAME = "versions.json"
-_REPORTED = ("loraplex", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 # What a saved adapter consists of; the libraries also write a pickle of their arguments beside it.
 _ADAPTER_FILES = (
     "adapter_",
@@ -75,25 +69,6 @@ _STATE = {
     "log_history": list[dict],
 }
 """Of the trainer's state, what it computes with, without a look at the types."""
-
-
-@dataclass
-class Result:
-    """What came of a run."""
-
-    output_dir: Path
-    step: int
-    before: dict[str, Metrics] = field(default_factory=dict)
-    after: dict[str, Metrics] = field(default_factory=dict)
-    trainable: int = 0
-    seconds: float = 0.0
-    step_seconds: float | None = None
-    """Median of a step, without evaluation and saving."""
-    peak_memory: int = 0
-    """Bytes: of the accelerator where there is one, else of the process."""
-    signal: int | None = None
-    """The signal that ended the run early, if one did; its checkpoint is `checkpoint`."""
-    checkpoint: Path | None = None
 
 
 def train(run: RunConfig, resume: bool = False) -> Result:
@@ -150,49 +125,6 @@ def _starting_point(run: RunConfig, output_dir: Path, resume: bool) -> Path | No
         note(f"warning: {warning}")
     note(f"continuing from {checkpoint}")
     return checkpoint
-
-
-def uses_chat(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the run's prompts and answers are messages of a chat."""
-    return run.train.chat and tokenizer.chat_template is not None
-
-
-def load_data(run: RunConfig) -> tuple[PreTrainedTokenizerBase, list[Task]]:
-    """The run's tokenizer and tasks."""
-    tokenizer = load_tokenizer(run.model, **run.source)
-    chat = uses_chat(run, tokenizer)
-    tasks = []
-    for spec in run.data:
-        note(f"reading {spec.path}")
-        tasks.append(load_task(spec, run.train.seed, run.task, chat))
-    names = [task.name for task in tasks]
-    for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ConfigError(f"two data sets are called {name!r}: give data.{index}.name.")
-    for task in tasks[1:]:
-        if task.label_names != tasks[0].label_names:
-            raise ConfigError(
-                f"{task.name!r} has the classes {list(task.label_names)}, {names[0]!r} has "
-                f"{list(tasks[0].label_names)}: one classifier needs the same classes; use data.N.labels to rename."
-            )
-    return tokenizer, tasks
-
-
-def make_evaluators(
-    run: RunConfig, tasks: list[Task], tokenizer: PreTrainedTokenizerBase, part: Literal["eval", "test"] = "eval"
-) -> dict[str, Evaluator]:
-    """task → its evaluator, for the tasks that hold examples out for `part`."""
-    length, batch = run.train.max_length, run.train.per_device_eval_batch_size
-    held_out = [task for task in tasks if getattr(task, part) is not None]
-    return {task.name: Evaluator(task, tokenizer, length, batch, part) for task in held_out}
-
-
-def load_base(run: RunConfig, tasks: list[Task]) -> Any:
-    """The base model, with a fresh head for the tasks' classes if it classifies."""
-    set_seed(run.train.seed)
-    names = list(tasks[0].label_names) if run.task == "classification" else None
-    note(f"loading {run.model}")
-    return load_model(run.model, run.task, label_names=names, dtype=run.dtype, **run.source)
 
 
 def _build_trainer(
@@ -314,24 +246,3 @@ def _write_end(log: MetricsLog, result: Result) -> None:
             "peak_memory_bytes": result.peak_memory,
         },
     )
-
-
-def peak_memory() -> int:
-    """Bytes at the peak: of the accelerator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def versions() -> dict[str, Any]:
-    """What a run was made with."""
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in _REPORTED:
-        found[package] = importlib.metadata.version(package)
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return found
