@@ -142,6 +142,10 @@ def test_unknown_key_names_the_nearest(file, arguments, parts):
         (["stray"], ["'stray' stands where an option is expected"]),
         (["--train.seed", "[1"], ["the value of --train.seed is not valid YAML"]),
         (["--train.seed", '"\\UFFFFFFFF"'], ["the value of --train.seed holds an escape that is no character"]),
+        (["--model", '"\\ud800"'], ["the value of --model: line 1: '\\ud800' holds half of a surrogate pair"]),
+        (["--model", '{"a": {"\\ud800": 1}}'], ["holds half of a surrogate pair"]),
+        ([f"--{'x' * 5000}", "[1"], [f"the value of --{'x' * 200}… is not valid YAML"]),
+        ([f"--{'x' * 5000}"], [f"--{'x' * 200}… has no value"]),
         (["--data.0.split", "x" * 501], ["data.0.split is 'xxx", "at most 500 characters"]),
     ],
 )
@@ -204,3 +208,8 @@ shallow: {<<: *two, extra: 1}
     assert tree["shallow"] == {"r": 4, "alpha": 16, "extra": 1}
     with pytest.raises(ConfigError, match="a text: 'r' is given twice"):
         parse_yaml("{<<: {r: 8}, r: 4, r: 2}", "a text")
+
+
+def test_two_escapes_of_one_character():
+    """As JSON writes it, which is YAML too."""
+    assert parse_overrides(["--x", '"\\ud83d\\ude00"']) == [("x", "\U0001f600")]

@@ -23,6 +23,7 @@ METHODS = ("masa", "aslora", "dual_lora", "multilora", "lora")
 """The methods that this project is about, and plain LoRA; a run may name any other of PEFT's too."""
 
 # What people write first → the name that transformers' TrainingArguments has for it.
+_LONGEST_NAME = 200
 _TRAIN_SYNONYMS = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -117,13 +118,16 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
     while remaining:
         argument = remaining.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise ConfigError(f"{argument!r} stands where an option is expected: write --key value or --key=value.")
+            raise ConfigError(
+                f"{shown(argument)} stands where an option is expected: write --key value or --key=value."
+            )
         key, equals, text = argument[2:].partition("=")
+        name = key if len(key) <= _LONGEST_NAME else f"{key[:_LONGEST_NAME]}…"
         if not equals:
             if not remaining or remaining[0].startswith("--"):
-                raise ConfigError(f"--{key} has no value: write --{key} value or --{key}=value.")
+                raise ConfigError(f"--{name} has no value: write --{name} value or --{name}=value.")
             text = remaining.pop(0)
-        pairs.append((key.replace("-", "_"), parse_yaml(text, f"the value of --{key}")))
+        pairs.append((key.replace("-", "_"), parse_yaml(text, f"the value of --{name}")))
     return pairs
 
 

@@ -65,7 +65,14 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            # JSON writes a character beyond 16 bits as two escapes, which PyYAML takes for two characters.
+            return value.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(value, str) else value
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: {shown(node.value)} holds half of a surrogate pair, which is no "
+                "character: write the whole character."
+            ) from None
         except (ConfigError, yaml.YAMLError):
             raise
         except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
