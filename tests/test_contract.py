@@ -300,6 +300,70 @@ def test_merging_further_adapters_one_by_one(method: str) -> None:
     h.assert_same(h.base_weights(model), weights)
 
 
+@every_mergeable
+@pytest.mark.parametrize("further", [False, True])
+def test_a_change_of_the_base_while_merged_is_kept(method: str, further: bool, caplog: Any) -> None:
+    """Unmerging, or merging another adapter, must not put back weights from before a user's change."""
+    model = adapted(method, dtype=torch.float64)
+    model.add_adapter("other", config(method))
+    ready(model, "other", seed=1)
+    weights = h.base_weights(model)
+    model.merge_adapter(adapter_names=["default"])
+    changed = next(iter(h.layers_of(model)))
+    with torch.no_grad():
+        model.get_submodule(changed).get_base_layer().weight[1, 2] += 5
+    if further:
+        with pytest.warns(UserWarning, match="additionally merging"):
+            model.merge_adapter(adapter_names=["other"])
+    model.unmerge_adapter()
+    assert [record.message for record in caplog.records if "was changed while" in record.message]
+    found = h.base_weights(model)
+    name = f"{changed}.base_layer.weight"
+    weights[name][1, 2] += 5
+    torch.testing.assert_close(found.pop(name), weights.pop(name))
+    h.assert_same(found, weights)
+
+
+@every_mergeable
+def test_a_cast_while_merged(method: str) -> None:
+    model = adapted(method)
+    expected = h.base_weights(copy.deepcopy(model).to(torch.bfloat16))
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    h.assert_same(h.base_weights(model), expected)
+
+
+@every_mergeable
+def test_merging_in_inference_mode_leaves_a_model_that_trains(method: str) -> None:
+    model = adapted(method)
+    weights = h.base_weights(model)
+    with torch.inference_mode():
+        model.merge_adapter()
+        model.unmerge_adapter()
+    h.assert_same(h.base_weights(model), weights)
+    model.train()(**BATCH).loss.backward()
+
+
+@every_plain
+def test_transforms_of_functions(method: str) -> None:
+    """torch.func works as over a plain LoRA."""
+    if method == "dual_lora":
+        pytest.skip("torch has no transforms of custom operators with a gradient of their own")
+    model = adapted(method).train()
+    expected = gradients(model, BATCH)
+    values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.func.grad(lambda v: torch.func.functional_call(model, v, (), dict(BATCH)).loss)(values)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    layer = next(iter(h.layers_of(model).values()))
+    x = torch.randn(3, 2, h.HIDDEN)
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+    tangent = torch.func.jvp(layer, (x,), (x,))[1]  # without a bias it is linear, but for the router's gates
+    if method != "masa-router":
+        torch.testing.assert_close(tangent, layer(x))
+
+
 # 4. Saving and loading
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD, AdamW, Optimizer
 
 import loraplex
@@ -320,6 +321,39 @@ def test_alternating_optimizers_each_make_an_update(method: str) -> None:
     with torch.enable_grad():
         loss_of(model)  # an update that lacks an optimizer is complete when the next forward begins
     assert counted(model) == 8
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's remarks on torch's own hooks
+def test_a_compiled_step(method: str) -> None:
+    """It is counted, and what the schedule does then is not compiled: each merge would compile it anew."""
+    torch._dynamo.reset()
+    model, counter = adapted(method), CompileCounter()
+    optimizer = SGD(trainable(model), lr=1e-2)
+    assert counts(model, torch.compile(optimizer.step, backend=counter)) == [1, 2, 3, 4]
+    assert counter.frame_count <= 3  # torch's own
+
+
+@pytest.mark.parametrize("kind", [SGD, AdamW])
+def test_optimizers_that_take_turns_over_the_same_parameters(method: str, kind: Any) -> None:
+    """The averages go along from one to the other: none goes on from what it had at its own last step."""
+    settings = {"merge_start_step": 50} if method == "aslora" else {}
+    model = adapted(method, **settings)
+    shared, seen = shared_state(model), []
+    turns = [kind(trainable(model), lr=1e-2), SGD(trainable(model), lr=1e-2)]
+    found = []
+    for seed in range(6):
+        loss_of(model, seed).backward()
+        turns[seed // 2 % 2].step()
+        model.zero_grad()
+        found.append(counted(model))
+        if method == "aslora":
+            seen.append({name: p.detach().clone() for name, p in shared.named_parameters()})
+    assert found == [1, 2, 3, 4, 5, 6]
+    if method == "aslora":
+        for family, averages in shared._averages.items():
+            for layer, average in averages.items():
+                mean = sum(step[f"{family}__lora_B_{layer}"] for step in seen) / 6
+                torch.testing.assert_close(average, mean, rtol=1e-5, atol=1e-6)
 
 
 def test_half_of_the_adapter_is_trained(method: str) -> None:

@@ -36,6 +36,9 @@ class Layer(Protocol):
         """Let PEFT write the weight."""
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class Unreadable(Exception):
     """The quantisation's backend can't read or write this weight."""
 
@@ -46,7 +49,9 @@ def keep(layer: Layer) -> tuple[Any, ...]:
     match layer.quantization_backend:
         case None:
             # On the CPU: a copy of every adapted weight beside the weights themselves would not fit on many devices.
-            return (inner.weight.detach().to("cpu", copy=True),)
+            # No inference tensor, which could not be trained beside once it is put back.
+            with torch.inference_mode(False):
+                return (inner.weight.detach().to("cpu", copy=True),)
         case HqqBackend():
             return (layer.base_layer,)
         case Bnb8bitBackend():
@@ -56,11 +61,12 @@ def keep(layer: Layer) -> tuple[Any, ...]:
 
 
 def put_back(layer: Layer, kept: tuple[Any, ...]) -> None:
-    """Restore what `keep` found, bit for bit, on the device where the layer is now."""
+    """Restore what `keep` found, bit for bit, on the device and in the dtype in which the layer is now."""
     inner: Any = layer.get_base_layer()
     match layer.quantization_backend:
         case None:
-            inner.weight.data = kept[0].to(inner.weight.device)
+            with torch.inference_mode(False):
+                inner.weight.data = kept[0].to(inner.weight.device, inner.weight.dtype)
         case HqqBackend():
             layer.base_layer = kept[0].to(inner.W_q.device)
         case Bnb8bitBackend():
@@ -79,6 +85,16 @@ def put_back(layer: Layer, kept: tuple[Any, ...]) -> None:
             weight = kept[0]
             stayed = weight.device == inner.weight.device
             inner.weight = weight if stayed else nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
+
+
+def fingerprint(layer: Layer) -> tuple[torch.dtype, int] | None:
+    """The dtype of a plain weight and a number from its bits, which tell of writes to it; None of other weights."""
+    weight: Any = layer.get_base_layer().weight if layer.quantization_backend is None else None
+    if weight is None or is_sharded(weight) or weight.is_meta:
+        return None
+    rows = weight.detach().view(_INTEGERS[weight.itemsize]).sum(-1)
+    # By its place: two rows that change places change the number.
+    return weight.dtype, int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
 
 
 def read(layer: Layer) -> Tensor:

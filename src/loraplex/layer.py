@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from loraplex.finite import check_factors
 from loraplex.parallel import DDP_INSTEAD, refuse_fsdp1
 from loraplex.placement import Resident, device_of, is_offloaded, loaded
 from loraplex.products import add_product_, product, tiles
+
+logger = logging.getLogger(__name__)
 
 _FULL_RANKS = 16
 """How many times in + out the ranks of all parts of an adapter may come to."""
@@ -141,6 +144,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.merge_error = 0.0
         """Of the last merge: ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base layer stores."""
         self._unmerged: tuple[Any, ...] | None = None
+        self._fingerprint: tuple[torch.dtype, int] | None = None
         self._tied_weight: nn.Parameter | None = None
         self._engine_checked = False
         self._may_take_weight = False
@@ -313,8 +317,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             return
         if self._unmerged is not None:
             # From the weight before any merge: adding to a merged one would round, or quantise, the update twice.
-            base_weight.put_back(self, self._unmerged)
-            names, self._unmerged, self.merged_adapters = [*self.merged_adapters, *names], None, []
+            names = [*self.merged_adapters, *names]
+            self._take_out()
         kept = base_weight.keep(self)
         try:
             self.merge_error = self._add(names, safe_merge)
@@ -325,6 +329,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             base_weight.put_back(self, kept)
             raise
         self._unmerged, self.merged_adapters = kept, names
+        self._fingerprint = base_weight.fingerprint(self)
 
     def _add(self, names: list[str], safe_merge: bool) -> float:
         """Write W + Σ ΔW, and return the share of Σ ΔW that was lost."""
@@ -394,15 +399,41 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put back the exact weight that `merge` found."""
+        """Put back the exact weight that `merge` found.
+
+        If it was written to meanwhile (trained, edited, loaded), ΔW is subtracted instead, as PEFT's LoRA does, and a
+        warning says so.
+        """
         if self._unmerged is not None:
             with loaded(self):
-                base_weight.put_back(self, self._unmerged)
-            self._unmerged, self.merged_adapters = None, []
+                self._take_out()
         if self._tied_weight is not None:
             if not is_offloaded(self.get_base_layer()):
                 self.get_base_layer().weight = self._tied_weight
             self._tied_weight = None
+
+    def _take_out(self) -> None:
+        """The merged adapters from the weight, which is there to be written."""
+        assert self._unmerged is not None
+        now = base_weight.fingerprint(self)
+        # After a cast the bits say nothing, and what was kept is cast alike.
+        if now is None or self._fingerprint is None or now[0] != self._fingerprint[0] or now == self._fingerprint:
+            base_weight.put_back(self, self._unmerged)
+        else:
+            logger.warning(
+                "The weight of %s was changed while %s were merged into it: their update is subtracted from it, since "
+                "putting back the weight from before the merge would undo the change. Unmerge before you train or "
+                "edit the base model, to get the exact weights back.",
+                self.module_name,
+                self.merged_adapters,
+            )
+            weight = base_weight.read(self)
+            view = weight.T if self.fan_in_fan_out else weight
+            of_rows = [f.by_rows() for name in self.merged_adapters if (f := self.factors(name)) is not None]
+            for rows in tiles(view):
+                delta = sum(update(rows).to(view.device) for update in of_rows)
+                view[rows] = view[rows] - delta
+        self._unmerged, self._fingerprint, self.merged_adapters = None, None, []
 
     def __repr__(self) -> str:
         return "loraplex." + super().__repr__()

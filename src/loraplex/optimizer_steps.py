@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -95,6 +96,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
     _steps.running.append(_Step(optimizer, frame and frame.f_back))
 
 
+@torch.compiler.disable  # a compiled step calls it, and would trace the schedule's work
 def _after_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
     running = _steps.running
     while running and running[-1].optimizer is not optimizer:

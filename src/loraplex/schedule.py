@@ -248,7 +248,28 @@ class Scheduled(SharedFactors):
         elif len(home) < len(mine):
             # The inner one holds a part, as ZeroRedundancyOptimizer's on each rank. All ranks need all averages.
             home = dict.fromkeys(mine, None)
+        for name, parameter in self.named_parameters():
+            if id(parameter) in home:
+                self._move(name, parameter, self._homes.get(id(parameter)), home[id(parameter)])
         self._homes.update(home)
+
+    def _move(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        old: weakref.ref[Optimizer] | None,
+        new: weakref.ref[Optimizer] | None,
+    ) -> None:
+        """Take the method's own state along to the optimizer that has taken over, unless that has loaded its own."""
+        before = None if old is None else old()
+        after = None if new is None else new()
+        if before is None or before is after or parameter not in before.state:
+            return
+        if after is not None and any(key in after.state.get(parameter, {}) for key in self.kept):
+            return
+        # Left behind, it would go on from there when optimizers take turns.
+        left = before.state[parameter]
+        self._private_state[name] = {key: left.pop(key) for key in self.kept if key in left}
 
     def _state_of(self, parameter: nn.Parameter, name: str) -> dict[str, Any]:
         ref = self._homes.get(id(parameter))

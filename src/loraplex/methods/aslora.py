@@ -300,7 +300,7 @@ class AsLoraShared(Scheduled):
         """Begin averages and their count of steps anew; merges that were done stay."""
         self._averages = {}
         for state in self.kept_state():
-            for key in ("aslora_average", "aslora_steps"):
+            for key in self.kept:
                 state.pop(key, None)
         for family in self.families:
             self._set_steps(family, 0)
@@ -321,7 +321,7 @@ class AsLoraShared(Scheduled):
         self.maps[family] = mapped
         self._map_is_read(family)
         gone = state_of(self.B(family, lower))
-        for key in ("aslora_average", "aslora_steps"):
+        for key in self.kept:
             gone.pop(key, None)
         self._averages[family].pop(lower)
         if self._merges_left(family) <= 0:
@@ -425,9 +425,20 @@ class AsLoraShared(Scheduled):
 class _ReadInstead(torch.autograd.Function):
     """`used`, with a zero gradient for `unused`: DDP fails over a parameter that stops getting gradients mid-run."""
 
+    # In two parts and with rules for vmap and jvp, without which torch.func's transforms refuse it.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, used: Tensor, unused: Tensor) -> Tensor:
+    def forward(used: Tensor, unused: Tensor) -> Tensor:
+        return used.view_as(used)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        _, unused = inputs
         ctx.unused = (unused.shape, unused.dtype, unused.device)
+
+    @staticmethod
+    def jvp(ctx: Any, used: Tensor, unused: Tensor) -> Tensor:
         return used.view_as(used)
 
     @staticmethod
