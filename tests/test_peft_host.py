@@ -528,9 +528,10 @@ def test_conversion_asks_every_tuner_layer(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_add_weighted_adapter_is_lora_s() -> None:
     """PeftModel passes the call on to its tuner, whose parameters have LoRA's names (model.add_weighted_adapter)."""
-    ours = inspect.signature(AdapterModel.add_weighted_adapter).parameters
+    *ours, more = inspect.signature(AdapterModel.add_weighted_adapter).parameters.values()
     theirs = inspect.signature(peft.LoraModel.add_weighted_adapter).parameters
-    assert list(ours) == list(theirs)[: len(ours)]
+    assert [one.name for one in ours] == list(theirs)[: len(ours)]
+    assert more.kind is inspect.Parameter.VAR_KEYWORD
     assert "add_weighted_adapter" not in vars(PeftModel)
     assert "add_weighted_adapter" not in vars(BaseTuner)
     model = adapted("multilora")
