@@ -500,6 +500,22 @@ def test_what_was_trained_in_full_takes_the_model_s_dtype(method: str, low_cpu_m
     assert output(model.eval(), arch.inputs()).isfinite().all()
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@every_plain
+def test_factors_of_several_dtypes(method: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+    arch = ARCHS["llama"]
+    model = get_peft_model(arch.build(), config(method, target_modules=arch.targets))
+    ready(model)
+    model.save_pretrained(tmp_path)
+    tensors = h.file_tensors(tmp_path)
+    first = next(key for key in tensors if "lora_A" in key)
+    write({**tensors, first: tensors[first].double()}, tmp_path)
+    loaded = PeftModel.from_pretrained(arch.build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert len({p.dtype for p in h.adapter_parameters(loaded).values()}) == 1
+    expected = output(model.eval(), arch.inputs())
+    torch.testing.assert_close(output(loaded.eval(), arch.inputs()), expected, atol=1e-5, rtol=1e-4)
+
+
 # Messages, and modules that can't be trained in full
 
 

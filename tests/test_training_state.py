@@ -66,6 +66,7 @@ BROKEN: dict[str, tuple[Callable[[State], Any], str]] = {
     "a scalar": (change("average", lambda t: t.sum().long()), "must be floating-point numbers"),
     "steps in pieces": (change("steps", lambda t: t.double()), r"must be an integer of shape \(\)"),
     "several steps": (change("steps", lambda t: torch.stack([t, t])), "must be an integer"),
+    "dimensions": (change("steps", lambda t: t.reshape((1,) * 3000)), r"is torch.int64 \(1, 1, .{,500}$"),
     "negative steps": (change("steps", lambda t: -t), "is -2 in the training state"),
     "no average": (drop("average"), "lacks aslora_average"),
     "no steps": (drop("steps"), "lacks aslora_steps"),

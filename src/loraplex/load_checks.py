@@ -10,6 +10,7 @@ import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -283,11 +284,19 @@ def _is_resized(base: PreTrainedModel) -> bool:
 
 
 def to_their_dtypes(model: nn.Module, method: str, state: dict[str, Tensor]) -> None:
-    """Cast what was trained in full, as loading does: `low_cpu_mem_usage` has PEFT put tensors in place as they are."""
+    """Cast what was trained in full as loading does, and factors of several dtypes, which can't be multiplied, to the
+    widest: `low_cpu_mem_usage` has PEFT put tensors in place as they are.
+    """
     places, marks = model.state_dict(), (f".{method.lower()}_factors.", f".{method.lower()}_shared.")
+    factors = [
+        key for key, tensor in state.items() if tensor.is_floating_point() and any(mark in key for mark in marks)
+    ]
     for key, tensor in state.items():
         if key in places and not any(mark in key for mark in marks):
             state[key] = tensor.to(places[key].dtype)
+    if factors:
+        widest = reduce(torch.promote_types, (state[key].dtype for key in factors))
+        state.update({key: state[key].to(widest) for key in factors})
 
 
 def keep_values(model: nn.Module, keys: Iterable[str]) -> None:

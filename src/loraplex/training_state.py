@@ -52,7 +52,7 @@ def check_training_state(
         shape = () if kinds[key] else tuple(whole_shape(parameters[name]))
         if tuple(value.shape) != shape or value.is_floating_point() == kinds[key] or value.is_complex():
             raise ValueError(
-                f"{shown(path)} is {value.dtype} {tuple(value.shape)} in the training state; it must be "
+                f"{shown(path)} is {value.dtype} {shown(tuple(value.shape))} in the training state; it must be "
                 f"{'an integer' if kinds[key] else 'floating-point numbers'} of shape {shape}. {_AGAIN}"
             )
         if kinds[key] and not 0 <= int(value) <= _MOST_STEPS:
