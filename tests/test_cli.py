@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 import loraplex
-from loraplex.cli import main, quiet, split_overrides
+from loraplex.cli import main, split_overrides
 from loraplex.training.arguments import adapter_config, check_train
 from loraplex.training.config import load_run
+from loraplex.training.console import quiet
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
