@@ -15,8 +15,8 @@ import torch
 from peft import get_peft_model
 
 from loraplex import AsLoraConfig
-from loraplex.schedule import schedules
-from loraplex.training.models import load_model
+from loraplex.recipes.models.loading import load_model
+from loraplex.tuner.schedule import schedules
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", nargs="?", default="package:smollm2-135m")

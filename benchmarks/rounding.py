@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common import dtype_name, options, parse
 from loraplex import DualLoraConfig, loss_scale
-from loraplex import rounding as at_random
+from loraplex.numerics import rounding as at_random
 from report import Report
 
 FORMS = {"float32": "apart", "reference": "reference", "apart": "apart", "added": "added", "nearest": "added"}

@@ -5,7 +5,7 @@
 Each sweep changes one number and fits a line. FLOPs are counted (torch's FlopCounterMode: matrix products that torch
 dispatches, and Dual LoRA's operators by their formulas). "time" is in FLOPs too: seconds × the frozen layer's FLOP/s in
 the same rounds, so a slope above the derived one is time that no matrix product accounts for. Derived saved bytes are
-`loraplex.budget`'s.
+`loraplex.inspection.budget`'s.
 
 Derived FLOPs of a step, T tokens, weight d × k: frozen 4Tdk; LoRA + 6Tr(d+k); MultiLoRA and MASA with concatenation
 the same with n·r; MASA's router + 6T((nr+n)·in + r·out); Dual LoRA, W + ΔW added first, 6Tdk + 8dk(r1+r2).
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cases import EXPERTS, FROZEN, METHODS, Entry, known, layers, linears, step_of
 from common import dtype_name, interleaved, options, parse
-from loraplex.budget import plan
+from loraplex.inspection.budget import plan
 from memory import saved
 from report import Report
 

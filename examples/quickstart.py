@@ -62,8 +62,8 @@ def equal_rank(parameters: int) -> int:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from loraplex.training.config import load_run
-    from loraplex.training.models import resolve_model
+    from loraplex.recipes.config.run_config import load_run
+    from loraplex.recipes.models.loading import resolve_model
 
     run = load_run(CONFIG)
     with torch.device("meta"):

@@ -19,7 +19,7 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, METHODS, PLAIN, adapted, config, output
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
-from loraplex.inspect import describe
+from loraplex.inspection.describe import describe
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()

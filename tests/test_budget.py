@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from helpers import ARCHS, HIDDEN, LAYERS, METHODS, VOCAB, Mlp, base_weights, skeleton
 from helpers import config as method_config
-from loraplex.budget import match, plan
-from loraplex.cli import main
-from loraplex.training.budgeting import parse_parameters
-from loraplex.training.config import ConfigError
+from loraplex.commands.cli import main
+from loraplex.inspection.budget import match, plan
+from loraplex.recipes.config.run_config import ConfigError
+from loraplex.recipes.models.budgeting import parse_parameters
 
 ALL = (*METHODS, "lora")
 KV = HIDDEN // 2  # two of four heads

@@ -17,7 +17,7 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, config, naive_updates, output, ready, relative
 from loraplex import Calibration, MasaConfig, calibrate
-from loraplex.methods.masa import MasaFactors
+from loraplex.methods.masa.method import MasaFactors
 
 LLAMA = ARCHS["llama"]
 F64 = torch.float64

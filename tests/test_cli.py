@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 import loraplex
-from loraplex.cli import main, split_overrides
-from loraplex.training.arguments import adapter_config, check_train
-from loraplex.training.config import load_run
-from loraplex.training.console import quiet
+from loraplex.commands.cli import main, split_overrides
+from loraplex.recipes.config.arguments import adapter_config, check_train
+from loraplex.recipes.config.run_config import load_run
+from loraplex.recipes.console import quiet
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -26,7 +26,7 @@ import importlib.machinery, sys, types
 package = types.ModuleType("loraplex")
 package.__path__ = [sys.argv[1]]
 sys.modules["loraplex"] = package
-from loraplex.cli import main
+from loraplex.commands.cli import main
 try:
     main(sys.argv[2:])
 except SystemExit:
@@ -151,7 +151,7 @@ def test_debug_shows_the_traceback(tmp_path):
 @pytest.mark.parametrize("module", ["trl", "datasets", "yaml"])
 def test_missing_extra_names_the_remedy(module, tmp_path, capsys, monkeypatch):
     for name in list(sys.modules):
-        if name.split(".")[0] == module or name.startswith("loraplex.training"):
+        if name.split(".")[0] == module or name.startswith("loraplex.recipes"):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     message = error_of(capsys, "train", str(ROOT / "configs" / "masa.yaml"))

@@ -25,8 +25,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import helpers as h
 import loraplex
 from helpers import ARCHS, LAYERS, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
-from loraplex.methods.dual_lora import DualLoraFactors
-from loraplex.sharing import BANK, layer_depth
+from loraplex.methods.dual_lora.method import DualLoraFactors
+from loraplex.tuner.sharing import BANK, layer_depth
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()
@@ -665,7 +665,7 @@ def test_two_active_adapters_add_up(method: str, second: str) -> None:
     loraplex.add_adapter(model, "second", config(second, **settings, **no_merges(second)))
     fill(model, "second", seed=1)
     for name in ("default", "second"):
-        if isinstance(h.shared_state(model, name), loraplex.schedule.Scheduled):
+        if isinstance(h.shared_state(model, name), loraplex.tuner.schedule.Scheduled):
             h.advance(model, name, steps=2)
     layer = next(iter(h.layers_of(model).values())).eval()
     inner = torch.randn(3, h.INNER, dtype=torch.float64)

@@ -34,8 +34,8 @@ from loraplex import (
     save_schedules,
 )
 from loraplex.methods.aslora import AsLoraShared
-from loraplex.methods.dual_lora import DualLoraShared
-from loraplex.schedule import schedules
+from loraplex.methods.dual_lora.method import DualLoraShared
+from loraplex.tuner.schedule import schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 import helpers as h
 import loraplex
 from helpers import ARCHS, HIDDEN, LAYERS, adapted, config, fill, naive_updates, output, products, ready, relative
-from loraplex import DualLoraConfig, MultiLoraConfig, Rank, export_lora, lowrank
-from loraplex.engines import ENGINES
-from loraplex.inspect import describe
-from loraplex.plain import compare
+from loraplex import DualLoraConfig, MultiLoraConfig, Rank, export_lora
+from loraplex.export.lora_format import compare
+from loraplex.export.servers import ENGINES
+from loraplex.inspection.describe import describe
+from loraplex.numerics import lowrank
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()
@@ -897,7 +898,7 @@ def fail_in_the_last_rename(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("os.rename", fail)
     monkeypatch.setattr("os.replace", fail)
-    monkeypatch.setattr("loraplex.files.exchange", lambda one, other: False)
+    monkeypatch.setattr("loraplex.io.files.exchange", lambda one, other: False)
 
 
 FAILURES = [fail_in_tensors, fail_in_config, fail_in_card, fail_in_the_last_rename]

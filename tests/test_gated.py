@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from loraplex import DualLoraConfig, base_weight, gated, loss_scale, rounding
-from loraplex.gated import gated_linear
-from loraplex.methods import dual_lora
-from loraplex.methods.dual_lora import Sign
+from loraplex import DualLoraConfig, loss_scale
+from loraplex.methods.dual_lora import gated_linear as gated
+from loraplex.methods.dual_lora import method as dual_lora
+from loraplex.methods.dual_lora.gated_linear import gated_linear
+from loraplex.methods.dual_lora.method import Sign
+from loraplex.numerics import rounding
+from loraplex.tuner import base_weight
 
 OUT, IN, R1, R2, SCALE = 37, 53, 3, 5, 0.7
 HALVES = [torch.bfloat16, torch.float16]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import helpers as h
 from helpers import ARCHS, config
-from loraplex.export import export_lora
+from loraplex.export.lora import export_lora
 
 
 @pytest.mark.parametrize("method", ["multilora", "aslora", "masa-sum", "masa-concat"])

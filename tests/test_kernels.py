@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loraplex import kernels
+from loraplex.methods.dual_lora import kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -286,7 +286,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @runs
 def test_gradients_are_those_of_autograd() -> None:
     """The twin's gradients, and Sign's in the method, are one thing; also where s is negative."""
-    from loraplex.methods.dual_lora import Sign
+    from loraplex.methods.dual_lora.method import Sign
 
     G = random(33, 65)
     for s in (1.7, -0.6):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import helpers as h
 import loraplex
 from helpers import ARCHS, PLAIN, adapted, config, output, ready
-from loraplex.inspect import describe
+from loraplex.inspection.describe import describe
 
 # PEFT warns of every second adapter on a transformers model.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 import loraplex
-from loraplex import DualLoraConfig, loss_scaling
+from loraplex import DualLoraConfig
+from loraplex.runtime import loss_scaling
 
 IN, OUT, R1, R2 = 23, 17, 3, 5
 FORMS = ["added", "apart", "reference"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from helpers import Watch, relative
-from loraplex import lowrank
-from loraplex.lowrank import Svd, norm_of_product, randomized_svd, row_tiles, svd_of_product
+from loraplex.numerics import lowrank
+from loraplex.numerics.lowrank import Svd, norm_of_product, randomized_svd, row_tiles, svd_of_product
 
 F64 = torch.float64
 SHAPES = [(40, 30, 4), (30, 40, 7), (5, 40, 9), (40, 5, 9), (6, 6, 6), (3, 4, 20), (17, 1, 2), (1, 17, 3), (8, 9, 1)]

@@ -23,8 +23,8 @@ from transformers import AutoConfig
 import helpers as h
 import loraplex
 from helpers import ARCHS, MERGEABLE, config, naive_updates, output, ready, relative
-from loraplex import merged
-from loraplex.merged import MergedExport, OtherLayout, merge_checkpoint
+from loraplex.export import merged
+from loraplex.export.merged import MergedExport, OtherLayout, merge_checkpoint
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()

@@ -36,12 +36,12 @@ from torch import nn
 import helpers as h
 import loraplex
 from helpers import ARCHS, METHODS, PLAIN, adapted, config, output, ready
-from loraplex.layer import AdapterLinear
-from loraplex.load_checks import weights_of
-from loraplex.model import AdapterModel
-from loraplex.registry import add_peft_type
-from loraplex.sharing import BANK, FactorBank, find_bank
-from loraplex.updates import PlainLora
+from loraplex.tuner.layer import AdapterLinear
+from loraplex.tuner.load_checks import weights_of
+from loraplex.tuner.model import AdapterModel
+from loraplex.tuner.registry import add_peft_type
+from loraplex.tuner.sharing import BANK, FactorBank, find_bank
+from loraplex.tuner.updates import PlainLora
 
 TYPES = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
 BATCH = ARCHS["llama"].inputs()
@@ -488,7 +488,7 @@ def test_lora_conversion_is_not_claimed_wrongly() -> None:
 
 def test_peft_s_conversion_is_replaced_where_it_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """`save_as_lora` looks `convert_to_lora` up in its module when it is called; nothing in PEFT holds the original
-    under another name; its parameters are those that ours passes on (registry.open_doors)."""
+    under another name; its parameters are those that ours passes on (patch_peft_conversion)."""
     ours, theirs = conversion.convert_to_lora, conversion.convert_to_lora.__wrapped__
     assert theirs.__module__ == ours.__module__ == conversion.__name__
     expected = ["model", "rank", "adapter_name", "progressbar", "compile_kwargs"]
@@ -836,7 +836,7 @@ def test_fsdp1_is_known_by_its_marks(original: bool, tmp_path: Path) -> None:
     from torch import distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    from loraplex.parallel import refuse_fsdp1
+    from loraplex.runtime.parallel import refuse_fsdp1
 
     class Asks(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -858,7 +858,7 @@ def test_ddp_says_in_its_forward_which_ranks_it_joins(tmp_path: Path) -> None:
     from torch import distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    from loraplex.parallel import ddp_group
+    from loraplex.runtime.parallel import ddp_group
 
     class Asks(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -895,7 +895,7 @@ def test_dead_models_are_not_watched() -> None:
     """Schedules are held weakly: a deleted model is no longer stepped or warned about (optimizer_steps)."""
     import gc
 
-    from loraplex import optimizer_steps
+    from loraplex.runtime import optimizer_steps
 
     gc.collect()
     before = len(optimizer_steps._followers)

@@ -25,10 +25,10 @@ import helpers as h
 import loraplex
 from devices import several_devices
 from helpers import ARCHS, LAYERS, METHODS, PLAIN, config, output
-from loraplex import parallel
-from loraplex.analysis import analyse
-from loraplex.placement import device_of, input_device
-from loraplex.sharing import find_bank
+from loraplex.inspection.spectra import analyse
+from loraplex.runtime import parallel
+from loraplex.runtime.placement import device_of, input_device
+from loraplex.tuner.sharing import find_bank
 
 FIRST, SECOND = "cpu:1", "cpu:2"
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers import ARCHS
-from loraplex.cli import main
-from loraplex.inspect import describe
-from loraplex.plain import read_lora
-from loraplex.training.adapted import adapter_json
+from loraplex.commands.cli import main
+from loraplex.export.lora_format import read_lora
+from loraplex.inspection.describe import describe
+from loraplex.recipes.adapters.saved import adapter_json
 
 LLAMA = ARCHS["llama"]
 FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"

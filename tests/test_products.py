@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import helpers as h
 from helpers import MERGEABLE, adapted
-from loraplex import DualLoraConfig, analysis, export_lora, gated, lowrank, products
-from loraplex.products import add_product_, product
+from loraplex import DualLoraConfig, export_lora
+from loraplex.inspection import spectra as analysis
+from loraplex.methods.dual_lora import gated_linear as gated
+from loraplex.numerics import lowrank, products
+from loraplex.numerics.products import add_product_, product
 
 
 def matmul(precision: str) -> Callable[[], None]:

@@ -35,9 +35,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import helpers as h
 import loraplex
 from helpers import ARCHS, MERGEABLE, METHODS, PLAIN, config, output
-from loraplex import base_weight
-from loraplex.layer import AdapterLinear
-from loraplex.packing import unpacked
+from loraplex.runtime.packing import unpacked
+from loraplex.tuner import base_weight
+from loraplex.tuner.layer import AdapterLinear
 
 LAYERS = 3
 """MASA's groups of two do not divide them."""
@@ -700,7 +700,7 @@ def test_only_layers_that_would_be_packed_are_guarded(backend: str, tiny: Path) 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_when_bitsandbytes_packs(training: bool, gradient: bool, tiny: Path) -> None:
-    """The seam that loraplex.packing stands on: when a weight is packed, and by which names that is told."""
+    """The seam that loraplex.runtime.packing stands on: when a weight is packed, and by which names that is told."""
     layer = BACKENDS["nf4-double-packed"].build(tiny).model.layers[0].mlp.up_proj.train(training)
     assert layer.support_avx512bf16_for_cpu
     expected = read_4bit(layer)

@@ -18,9 +18,9 @@ import pytest
 
 import helpers as h
 from helpers import ARCHS, adapted
+from loraplex.export.plain_cache import PlainCache
+from loraplex.export.wish import Wish
 from loraplex.integrations import sglang, vllm
-from loraplex.plain_cache import PlainCache
-from loraplex.wish import Wish
 
 TESTS = Path(__file__).parent
 

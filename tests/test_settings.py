@@ -16,8 +16,8 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, PLAIN, adapted, config
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
-from loraplex.field_types import fits
-from loraplex.patterns import check_pattern
+from loraplex.io.field_types import fits
+from loraplex.tuner.patterns import check_pattern
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()

@@ -16,11 +16,12 @@ from peft import LoraConfig, get_peft_model
 
 import helpers as h
 from helpers import ARCHS, adapted, naive_updates, output, products, relative
-from loraplex import plain_cache, plain_folder, to_plain
-from loraplex.cli import main
-from loraplex.methods.masa import MasaFactors
-from loraplex.plain_cache import PlainCache
-from loraplex.wish import WISH_NAME, Wish, sha256_of
+from loraplex import to_plain
+from loraplex.commands.cli import main
+from loraplex.export import plain_cache, plain_folder
+from loraplex.export.plain_cache import PlainCache
+from loraplex.export.wish import WISH_NAME, Wish, sha256_of
+from loraplex.methods.masa.method import MasaFactors
 
 EXACT = ("multilora", "aslora", "masa-sum", "masa-concat")
 
@@ -213,7 +214,7 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraplex import skeleton
+    from loraplex.export import skeleton
 
     _, folder, base = saved(tmp_path, "multilora")
     theirs = skeleton.write_plain
@@ -236,7 +237,7 @@ def test_a_folder_that_is_being_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def _ask(folder: str, base: str, cache: str, results: Any) -> None:
     os.environ["LORAPLEX_CACHE"] = cache
-    from loraplex import skeleton
+    from loraplex.export import skeleton
 
     theirs, count = skeleton.write_plain, [0]
 

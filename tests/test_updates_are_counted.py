@@ -16,8 +16,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import loraplex
 from helpers import ARCHS, config, shared_state
-from loraplex import hidden_optimizer, optimizer_steps
 from loraplex.methods.aslora import AsLoraShared
+from loraplex.runtime import hidden_optimizer, optimizer_steps
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "aslora": {"merge_start_step": 30, "merge_interval": 3, "num_merges": 1},

@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from loraplex.methods.dual_lora import DualLoraFactors
+from loraplex.methods.dual_lora.method import DualLoraFactors
+from loraplex.recipes.training.run import train
 from loraplex.study.cells import Cell, run_of
 from loraplex.study.config import load_study
 from loraplex.study.run import prepare
-from loraplex.training.run import train
 
 LABELS = {"signs": "signs that flip", "gates": "gates that flip", "closed": "closed gates"}
 

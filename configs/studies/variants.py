@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig
-from loraplex.layer import Factors, wide
-from loraplex.methods.dual_lora import DualLoraConfig, DualLoraShared, Sign
-from loraplex.model import AdapterModel
-from loraplex.registry import register
+from loraplex.methods.dual_lora.method import DualLoraConfig, DualLoraShared, Sign
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.layer import Factors, wide
+from loraplex.tuner.model import AdapterModel
+from loraplex.tuner.registry import register
 
 
 class AblatedFactors(Factors):

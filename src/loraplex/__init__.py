@@ -1,15 +1,16 @@
 """MASA, ASLoRA, Dual LoRA and MultiLoRA as PEFT methods. Importing this package registers them with PEFT."""
 
-from loraplex.cache import clear_cache
-from loraplex.calibrate import Calibration, calibrate
-from loraplex.export import LoraExport, Rank, export_lora
-from loraplex.finite import allow_nonfinite
-from loraplex.loss_scaling import loss_scale
+from loraplex.export.lora import LoraExport, Rank, export_lora
+from loraplex.export.peft_conversion import patch_peft_conversion
+from loraplex.export.plain_folder import to_plain
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
-from loraplex.parallel import gathered_state_dict
-from loraplex.plain_folder import to_plain
-from loraplex.registry import add_adapter, load_adapter
-from loraplex.schedule import (
+from loraplex.methods.masa.calibrate import Calibration, calibrate
+from loraplex.runtime.loss_scaling import loss_scale
+from loraplex.runtime.parallel import gathered_state_dict
+from loraplex.tuner.cache import clear_cache
+from loraplex.tuner.finite import allow_nonfinite
+from loraplex.tuner.registry import add_adapter, load_adapter
+from loraplex.tuner.schedule import (
     load_schedules,
     restart_averages,
     save_schedules,
@@ -17,8 +18,10 @@ from loraplex.schedule import (
     set_total_steps,
     step,
 )
-from loraplex.schedule_callback import ScheduleCallback
+from loraplex.tuner.schedule_callback import ScheduleCallback
 from loraplex.version import __version__
+
+patch_peft_conversion()
 
 __all__ = [
     "AsLoraConfig",

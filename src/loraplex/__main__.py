@@ -2,7 +2,7 @@
 
 import sys
 
-from loraplex.cli import main
+from loraplex.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,9 +18,9 @@ import transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-import loraplex.training.run
-from loraplex.cli import main
-from loraplex.training.trainers import AnswerTrainer
+import loraplex.recipes.training.run
+from loraplex.commands.cli import main
+from loraplex.recipes.training.trainers import AnswerTrainer
 
 
 def use_cpus() -> None:
@@ -60,7 +60,7 @@ def die_after(rank: int, seconds: float) -> None:
 
 def run(job: dict) -> int:
     if job.get("reentrant"):
-        loraplex.training.run.checkpoint_without_reentry = lambda arguments: None
+        loraplex.recipes.training.run.checkpoint_without_reentry = lambda arguments: None
     if (rank := job.get("dies")) is not None:
         die_while_saving(rank)
     if "dies_after" in job:

@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from loraplex.cli import main
+from loraplex.commands.cli import main
 
 sys.path += [str(Path(__file__).parents[1] / "training"), str(Path(__file__).parents[1])]
 from runs import METHODS, furnish, rows, write_run

@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraplex.cli import main
-from loraplex.wish import WISH_NAME, Wish
+from loraplex.commands.cli import main
+from loraplex.export.wish import WISH_NAME, Wish
 from tests.fuzz import adapters, oracle, raw
 from tests.fuzz.adapters import EVIL
 from tests.fuzz.draw import TEXTS, Draw, mutate_bytes, mutate_json, mutate_tree, short

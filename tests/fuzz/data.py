@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loraplex.training.config import explain, joined
-from loraplex.training.data import build_mixture, load_task
-from loraplex.training.spec import DataSpec
+from loraplex.recipes.config.data_spec import DataSpec
+from loraplex.recipes.config.run_config import explain, joined
+from loraplex.recipes.data.tasks import build_mixture, load_task
 from tests.fuzz.draw import TEXTS, Draw, mutate_bytes, mutate_tree, short
 from tests.fuzz.room import Room
 from tests.fuzz.verdict import Result, fault_of, text_of

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loraplex import export_lora
-from loraplex.cli import main
+from loraplex.commands.cli import main
 from tests.fuzz.commands import captured
 from tests.fuzz.draw import Draw
 from tests.fuzz.loading import run_interrupted

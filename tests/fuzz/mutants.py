@@ -17,12 +17,15 @@ import yaml
 from peft import PeftModel
 from torch import nn
 
-from loraplex import attempt, config, export, inspect, merged, model, schedule
-from loraplex.config import AdapterConfig
-from loraplex.layer import AdapterLinear
-from loraplex.plain_cache import PlainCache
-from loraplex.training import config as run_config
-from loraplex.training import exporting
+from loraplex.export import lora as export
+from loraplex.export import merged
+from loraplex.export.plain_cache import PlainCache
+from loraplex.inspection import describe as inspect
+from loraplex.recipes.adapters import exporting
+from loraplex.recipes.config import run_config
+from loraplex.tuner import attempt, config, model, schedule
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.layer import AdapterLinear
 from tests.fuzz import readers
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from loraplex import load_schedules, save_schedules, step, to_plain
-from loraplex.inspect import describe
+from loraplex.inspection.describe import describe
 from tests.fuzz import oracle, raw
 from tests.fuzz.adapters import Folder, dumps, mutate_weights
 from tests.fuzz.commands import linear_shapes, plain_update

@@ -97,8 +97,8 @@ def furnish(folder: Path) -> Room:
     """Build everything into `folder`, and import what cases would import one by one."""
     for module in (
         "trl",
-        "loraplex.training.run",
-        "loraplex.training.looking",
+        "loraplex.recipes.training.run",
+        "loraplex.recipes.adapters.looking",
         "loraplex.study.run",
         "pyarrow.parquet",
         "matplotlib.font_manager",

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from loraplex.recipes.config.arguments import adapter_config, check_train
+from loraplex.recipes.config.run_config import load_run, parse_overrides, to_yaml
 from loraplex.study.config import load_study
 from loraplex.study.config import to_yaml as study_yaml
-from loraplex.training.arguments import adapter_config, check_train
-from loraplex.training.config import load_run, parse_overrides, to_yaml
 from tests.fuzz.draw import PATTERNS, TEXTS, Draw, mutate_bytes, mutate_tree, short
 from tests.fuzz.room import Room, run_tree, study_tree
 from tests.fuzz.verdict import Result, fault_of, text_of

@@ -25,8 +25,8 @@ if "loraplex" not in sys.modules:
     package = types.ModuleType("loraplex")
     package.__path__ = spec.submodule_search_locations
     sys.modules["loraplex"] = package
-exchange = importlib.import_module("loraplex.exchange")
-files = importlib.import_module("loraplex.files")
+exchange = importlib.import_module("loraplex.io.exchange")
+files = importlib.import_module("loraplex.io.files")
 _TRACED = {module.__file__ for module in (files, exchange, shutil)}
 
 

@@ -20,7 +20,7 @@ from runs import entry
 from transformers import AutoModelForCausalLM
 
 import helpers as h
-from loraplex.cli import main
+from loraplex.commands.cli import main
 
 MARK = "ran"
 EVIL = f"""
@@ -50,7 +50,9 @@ COMMANDS = {
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([f"loraplex.training.{name}" for name in ("exporting", "looking", "report")])
+_context.set_forkserver_preload(
+    ["loraplex.recipes.adapters.exporting", "loraplex.recipes.adapters.looking", "loraplex.commands.report"]
+)
 
 
 def _in_folder(folder: Path, arguments: list[str], log: Path) -> None:

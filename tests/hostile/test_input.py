@@ -14,17 +14,17 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import helpers as h
-from loraplex.cli import main
-from loraplex.reading import parse_json, read_json
-from loraplex.training.budgeting import parse_parameters
-from loraplex.training.checkpoints import fault_of
-from loraplex.training.config import ConfigError, build_run, parse_overrides, set_key
-from loraplex.training.data import load_task
-from loraplex.training.lock import locked
-from loraplex.training.metrics import read_rows
-from loraplex.training.rows import read_rows as read_data
-from loraplex.training.spec import DataSpec
-from loraplex.training.yaml_text import parse_yaml
+from loraplex.commands.cli import main
+from loraplex.io.reading import parse_json, read_json
+from loraplex.recipes.config.data_spec import DataSpec
+from loraplex.recipes.config.run_config import ConfigError, build_run, parse_overrides, set_key
+from loraplex.recipes.config.yaml_text import parse_yaml
+from loraplex.recipes.data.rows import read_rows as read_data
+from loraplex.recipes.data.tasks import load_task
+from loraplex.recipes.models.budgeting import parse_parameters
+from loraplex.recipes.training.checkpoints import fault_of
+from loraplex.recipes.training.lock import locked
+from loraplex.recipes.training.metrics import read_rows
 
 
 def bomb(levels: int, width: int = 9, form: str = "[{}]") -> str:
@@ -169,7 +169,7 @@ def test_json_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "latin.json").write_bytes(b'"\xff"')
     with pytest.raises(ValueError, match="UTF-8"):
         read_json(tmp_path / "latin.json")
-    monkeypatch.setattr("loraplex.reading.read_text.__defaults__", ("text", 10))
+    monkeypatch.setattr("loraplex.io.reading.read_text.__defaults__", ("text", 10))
     (tmp_path / "long.json").write_text(" " * 100)
     with pytest.raises(ValueError, match="larger than 10 bytes"):
         read_json(tmp_path / "long.json")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from interrupting import NEW, OLD, contents, exchange, fill, leftovers, replace
 
-from loraplex.files import check_target, recover, replaced_folder
+from loraplex.io.files import check_target, recover, replaced_folder
 
 WORKER = Path(__file__).with_name("interrupting.py")
 CASES = [("old", "kill", True), ("old", "kill", False), ("link", "kill", True), ("nothing", "kill", True)]

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import helpers as h
-from loraplex.cli import main
-from loraplex.plain_cache import PlainCache
-from loraplex.plain_folder import to_plain
-from loraplex.reading import file_name, relative_path
-from loraplex.training.models import load_model, load_skeleton, load_tokenizer, resolve_model
+from loraplex.commands.cli import main
+from loraplex.export.plain_cache import PlainCache
+from loraplex.export.plain_folder import to_plain
+from loraplex.io.reading import file_name, relative_path
+from loraplex.recipes.models.loading import load_model, load_skeleton, load_tokenizer, resolve_model
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import torch
 import yaml
 from runs import write_run
 
-from loraplex.cli import main
-from loraplex.training.checkpoints import FILES_NAME, seal
+from loraplex.commands.cli import main
+from loraplex.recipes.training.checkpoints import FILES_NAME, seal
 
 MARK = "LORAPLEX_TEST_MARK"
 

@@ -14,11 +14,11 @@ from runs import write_run as a_run
 from transformers import AutoModelForCausalLM
 
 import helpers as h
-from loraplex.cli import main
-from loraplex.plain_folder import to_plain
-from loraplex.reading import MAX_MESSAGE, json_text, message_of, printable
-from loraplex.training.console import make_console
-from loraplex.training.metrics import plot_losses
+from loraplex.commands.cli import main
+from loraplex.export.plain_folder import to_plain
+from loraplex.io.reading import MAX_MESSAGE, json_text, message_of, printable
+from loraplex.recipes.console import make_console
+from loraplex.recipes.training.metrics import plot_losses
 
 EVIL = "\x1b]0;title\x07\x1b[2J[red]x[/red][/nothing]\u202e\x9b31m"
 

@@ -15,11 +15,11 @@ from runs import entry
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import helpers as h
-from loraplex.cli import main
-from loraplex.evaluate import Evaluator
-from loraplex.training.data import load_task
-from loraplex.training.models import load_model, load_tokenizer
-from loraplex.training.spec import DataSpec
+from loraplex.commands.cli import main
+from loraplex.recipes.config.data_spec import DataSpec
+from loraplex.recipes.data.tasks import load_task
+from loraplex.recipes.evaluation import Evaluator
+from loraplex.recipes.models.loading import load_model, load_tokenizer
 
 
 @pytest.fixture

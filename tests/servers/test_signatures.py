@@ -67,7 +67,7 @@ def test_vllm(cls: str, function: str) -> None:
 
 @pytest.mark.skipif(VLLM is None, reason="LORAPLEX_VLLM does not name the vllm command")
 def test_vllm_requests_and_ranks() -> None:
-    from loraplex.engines import ENGINES
+    from loraplex.export.servers import ENGINES
 
     root, module = site_packages(), "vllm/lora/request.py"
     assert fields(root, module, "LoRARequest")[:3] == fields(STUBS, module, "LoRARequest")

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import helpers as h
 from loraplex import MultiLoraConfig, export_lora
-from loraplex.training.models import resolve_model
-from loraplex.wish import Wish
+from loraplex.export.wish import Wish
+from loraplex.recipes.models.loading import resolve_model
 
 VLLM = os.environ.get("LORAPLEX_VLLM")
 pytestmark = pytest.mark.skipif(VLLM is None, reason="LORAPLEX_VLLM does not name the vllm command")

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from loraplex.analysis import Analysis, analyse_lora
+from loraplex.inspection.spectra import Analysis, analyse_lora
 from loraplex.study.inside import look_inside
 
 EMPTY = Analysis("X").to_dict()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from loraplex.evaluate import macro_f1
+from loraplex.recipes.evaluation import macro_f1
 from loraplex.study.statistics import Difference, compare, value
 
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from runs import entry
 
-from loraplex.cli import main
+from loraplex.commands.cli import main
 from loraplex.study.config import load_study
 from loraplex.study.sizes import nearest_size
 

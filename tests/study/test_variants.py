@@ -15,7 +15,7 @@ from test_study import TARGETS, study
 from torch import nn
 
 import loraplex
-from loraplex.cli import main
+from loraplex.commands.cli import main
 
 ROOT = Path(__file__).parents[2]
 

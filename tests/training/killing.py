@@ -18,13 +18,15 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from loraplex import files
-from loraplex.cli import main
+from loraplex.commands.cli import main
+from loraplex.io import files
 from loraplex.methods.aslora import AsLoraShared
 
 # Importing all this takes longer than training: it is done once, in a process that the others are forked from.
-_IMPORTED_ONCE = ["loraplex.training.run", "loraplex.training.report", "matplotlib.backends.backend_agg", "deepspeed"]
+_IMPORTED_ONCE = ["loraplex.recipes.training.run", "loraplex.commands.report"]
 _IMPORTED_ONCE += [
+    "matplotlib.backends.backend_agg",
+    "deepspeed",
     "peft.utils.transformers_weight_conversion",
     "torch.utils.serialization",
     "PIL.PngImagePlugin",

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from runs import METHODS, entry, write_run
 
 from helpers import MERGEABLE, adapted, layers_of, naive_updates
-from loraplex import analysis
-from loraplex.analysis import Analysis, Spectrum, analyse, cka
-from loraplex.cli import main
-from loraplex.training.figures import draw
+from loraplex.commands.cli import main
+from loraplex.inspection import spectra as analysis
+from loraplex.inspection.plots import draw
+from loraplex.inspection.spectra import Analysis, Spectrum, analyse, cka
 
 
 def spectrum(*values: float) -> Spectrum:
@@ -154,8 +154,8 @@ def test_updates_that_are_zero_have_figures(tmp_path):
 
 def test_figures_show_what_they_say(trained, tmp_path):
     """ASLoRA's merges end where the map says; a share is drawn as it is."""
-    from loraplex.training import figures
-    from loraplex.training.looking import analyse_adapter
+    from loraplex.inspection import plots as figures
+    from loraplex.recipes.adapters.looking import analyse_adapter
 
     found = analyse_adapter(trained["aslora"], with_data=False)
     figure = figures._merges(found)

@@ -13,13 +13,13 @@ import psutil
 import pytest
 from runs import rows, write_run
 
-from loraplex.cli import main
-from loraplex.files import put_in_place
-from loraplex.training import trainers
-from loraplex.training.checkpoints import last_complete, outdated, seal
-from loraplex.training.config import ConfigError
-from loraplex.training.lock import LOCK_NAME, locked
-from loraplex.training.metrics import read_rows
+from loraplex.commands.cli import main
+from loraplex.io.files import put_in_place
+from loraplex.recipes.config.run_config import ConfigError
+from loraplex.recipes.training import trainers
+from loraplex.recipes.training.checkpoints import last_complete, outdated, seal
+from loraplex.recipes.training.lock import LOCK_NAME, locked
+from loraplex.recipes.training.metrics import read_rows
 
 
 @pytest.fixture(scope="module")

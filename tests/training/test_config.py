@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex.training.arguments import adapter_config, check_train, training_arguments
-from loraplex.training.config import ConfigError, load_run, parse_overrides, parse_yaml, to_yaml
+from loraplex.recipes.config.arguments import adapter_config, check_train, training_arguments
+from loraplex.recipes.config.run_config import ConfigError, load_run, parse_overrides, parse_yaml, to_yaml
 
 RUN = """\
 model: some/model

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraplex.training.data import DataSpec, Task, build_mixture, load_task
-from loraplex.training.packages import split_options
-from loraplex.training.rows import read_rows
-from loraplex.training.spec import with_defaults
+from loraplex.recipes.config.data_spec import with_defaults
+from loraplex.recipes.data.rows import read_rows
+from loraplex.recipes.data.tasks import DataSpec, Task, build_mixture, load_task
+from loraplex.recipes.packages import split_options
 
 ROWS = [{"text": f"film {index}", "label": index % 2} for index in range(40)]
 SENTIMENT = {"prompt": "Review: {text}\nSentiment:", "response": "{label}", "labels": {0: "bad", 1: "good"}}

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import helpers as h
 from loraplex import to_plain
-from loraplex.calibrate import calibrate
-from loraplex.cli import main
-from loraplex.training import exporting
+from loraplex.commands.cli import main
+from loraplex.methods.masa.calibrate import calibrate
+from loraplex.recipes.adapters import exporting
 
 EXACT = ("multilora", "multilora-module", "aslora", "masa-sum", "masa-concat")
 IDS = torch.tensor([[10, 11, 12, 13, 7], [3, 5, 10, 9, 6]])

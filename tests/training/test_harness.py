@@ -13,7 +13,7 @@ import yaml
 from runs import entry, tokenizer, write_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex.cli import main
+from loraplex.commands.cli import main
 
 CHOICES = ["bad film", "very good", "dull"]
 

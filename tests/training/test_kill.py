@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from runs import METHODS, rows, without_times, write_run
 
-from loraplex.cli import main
-from loraplex.training.checkpoints import checkpoints, fault_of
-from loraplex.training.lock import LOCK_NAME
+from loraplex.commands.cli import main
+from loraplex.recipes.training.checkpoints import checkpoints, fault_of
+from loraplex.recipes.training.lock import LOCK_NAME
 
 if sys.platform == "win32":
     pytest.skip("kills processes by signals", allow_module_level=True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from runs import rows, write_run
 
-from loraplex.cli import main
-from loraplex.evaluate import Evaluator
-from loraplex.training import run as run_module
-from loraplex.training.trainers import AnswerTrainer
+from loraplex.commands.cli import main
+from loraplex.recipes.evaluation import Evaluator
+from loraplex.recipes.training import run as run_module
+from loraplex.recipes.training.trainers import AnswerTrainer
 
 
 def gpu():

@@ -15,8 +15,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraplex.training import weights
-from loraplex.training.models import load_model, load_tokenizer, resolve_model
+from loraplex.recipes.models import weights
+from loraplex.recipes.models.loading import load_model, load_tokenizer, resolve_model
 
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "ab", "Ġ", "Ġa", "c!"]
 HEADS, KV_HEADS, WIDTH, HIDDEN, LAYERS = 4, 2, 16, 24, 2

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from faults import LAYER, Faults, bad_factor, bad_gradient, bad_loss, bad_output, same, state_of
 from runs import METHODS, rows, without_times, write_run
 
-import loraplex.training.run as run_module
-from loraplex.cli import main
+import loraplex.recipes.training.run as run_module
+from loraplex.commands.cli import main
 
 TRAIN = {"max_steps": 8, "learning_rate": 5e-3, "eval_steps": None, "save_steps": 3, "per_device_train_batch_size": 4}
 

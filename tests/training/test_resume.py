@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from runs import METHODS, rows, without_times, write_run
 
-from loraplex.cli import main
-from loraplex.training.callbacks import ProgressLine
+from loraplex.commands.cli import main
+from loraplex.recipes.training.callbacks import ProgressLine
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -47,7 +47,7 @@ def signal_before_step(step: int, *numbers: int):
 def interrupt(run: Path, output_dir: Path, after: int, number: int) -> int:
     """Train in a process of its own, send it a signal once `after` steps are logged; its exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from loraplex.cli import main; raise SystemExit(main())", "train", str(run)]
+    command = [sys.executable, "-m", "loraplex", "train", str(run)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:

@@ -14,11 +14,11 @@ from runs import METHODS, entry, rows, write_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loraplex.cli import main
-from loraplex.training.arguments import training_arguments
-from loraplex.training.config import load_run
-from loraplex.training.encode import encode_training
-from loraplex.training.prepare import load_data
+from loraplex.commands.cli import main
+from loraplex.recipes.config.arguments import training_arguments
+from loraplex.recipes.config.run_config import load_run
+from loraplex.recipes.data.encode import encode_training
+from loraplex.recipes.prepare import load_data
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,7 +151,7 @@ def test_merge_never_overwrites_by_accident(room, tmp_path, capsys):
 
 def test_weight_decay_spares_multilora_scaling():
     from loraplex import MultiLoraConfig
-    from loraplex.training.trainers import ClassifierTrainer
+    from loraplex.recipes.training.trainers import ClassifierTrainer
 
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -163,8 +163,8 @@ def test_weight_decay_spares_multilora_scaling():
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers by its old name
 def test_metrics_of_an_empty_update_are_those_of_the_base(room):
-    from loraplex.evaluate import Evaluator
-    from loraplex.training.data import DataSpec, load_task
+    from loraplex.recipes.data.tasks import DataSpec, load_task
+    from loraplex.recipes.evaluation import Evaluator
 
     base = AutoModelForCausalLM.from_pretrained(room / "llama").eval()
     words = AutoTokenizer.from_pretrained(room / "llama")

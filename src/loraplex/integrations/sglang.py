@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from loraplex.plain_folder import hold, to_plain
+from loraplex.export.plain_folder import hold, to_plain
 
 TARGET = "sglang.srt.lora.lora_config.LoRAConfig.__init__"
 

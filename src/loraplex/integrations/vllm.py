@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraplex.field_types import shown
-from loraplex.plain_folder import hold, to_plain
-from loraplex.reading import message_of
+from loraplex.export.plain_folder import hold, to_plain
+from loraplex.io.field_types import shown
+from loraplex.io.reading import message_of
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

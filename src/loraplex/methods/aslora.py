@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
-from loraplex.layer import Factors, kaiming_, wide
-from loraplex.model import AdapterModel
-from loraplex.parallel import part, whole
-from loraplex.schedule import Scheduled, StateOf
-from loraplex.sharing import Member, read, select
+from loraplex.runtime.parallel import part, whole
+from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
+from loraplex.tuner.layer import Factors, kaiming_, wide
+from loraplex.tuner.model import AdapterModel
+from loraplex.tuner.schedule import Scheduled, StateOf
+from loraplex.tuner.sharing import Member, read, select
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
-from loraplex.layer import Factors, kaiming_, wide
-from loraplex.model import AdapterModel
+from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
+from loraplex.tuner.layer import Factors, kaiming_, wide
+from loraplex.tuner.model import AdapterModel
 
 
 class MultiLoraFactors(Factors):

@@ -1,0 +1,1 @@
+"""loraplex compare: many runs at one budget, and what may be concluded from them."""

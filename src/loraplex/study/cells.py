@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex.reading import read_json
+from loraplex.io.reading import read_json
+from loraplex.recipes.config.run_config import RunConfig, build_run, read_yaml
+from loraplex.recipes.training.checkpoints import RUN_NAME
+from loraplex.recipes.training.metrics import METRICS_NAME, read_rows
 from loraplex.study.config import BASE, StudyConfig
 from loraplex.study.sizes import Sized
-from loraplex.training.checkpoints import RUN_NAME
-from loraplex.training.config import RunConfig, build_run, read_yaml
-from loraplex.training.metrics import METRICS_NAME, read_rows
 
 JOB_NAME = "job.json"
 TEST_NAME = "test.json"
@@ -119,7 +119,7 @@ class Folder:
 
     @property
     def analysis(self) -> dict[str, Any] | None:
-        """What `loraplex.analysis` says of the adapter; None until it was looked into."""
+        """What `loraplex.inspection.spectra` says of the adapter; None until it was looked into."""
         return self._json(ANALYSIS_NAME)
 
     @property

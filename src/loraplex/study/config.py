@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loraplex.field_types import shown
-from loraplex.reading import file_name
-from loraplex.training.config import ConfigError, TrainSection, explain, joined, read_yaml, set_key
-from loraplex.training.spec import DataSpec, Kind, PathText, Whole
+from loraplex.io.field_types import shown
+from loraplex.io.reading import file_name
+from loraplex.recipes.config.data_spec import DataSpec, Kind, PathText, Whole
+from loraplex.recipes.config.run_config import ConfigError, TrainSection, explain, joined, read_yaml, set_key
 
 Metric = Literal["accuracy", "accuracy_norm", "exact_match", "f1", "loss"]
 METRICS: tuple[str, ...] = get_args(Metric)

@@ -11,10 +11,10 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from loraplex.recipes.training.metrics import smooth
 from loraplex.study.choice import LOWER_IS_BETTER
 from loraplex.study.config import BASE
 from loraplex.study.results import ALL, TaskResult
-from loraplex.training.metrics import smooth
 
 # Okabe and Ito's colours, which stay apart for colour-blind people; the darkest first.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F")

@@ -11,7 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from loraplex.reading import printable
+from loraplex.io.reading import printable
+from loraplex.recipes.console import size_text
+from loraplex.recipes.training.metrics import write_atomic
+from loraplex.recipes.training.result import versions
 from loraplex.study import plots
 from loraplex.study.choice import LOWER_IS_BETTER
 from loraplex.study.config import BASE, StudyConfig, to_yaml
@@ -19,9 +22,6 @@ from loraplex.study.inside import TOP
 from loraplex.study.results import ALL, Line, TaskResult, collect
 from loraplex.study.run import State
 from loraplex.study.statistics import spread
-from loraplex.training.console import size_text
-from loraplex.training.metrics import write_atomic
-from loraplex.training.result import versions
 
 JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = "results.json", "results.csv", "report.md", "report.html"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from loraplex.evaluate import Scores
+from loraplex.recipes.evaluation import Scores
 from loraplex.study.cells import SCORES_NAME, Cell
 from loraplex.study.choice import LOWER_IS_BETTER, Choice, deciding_metric
 from loraplex.study.config import BASE, METRICS

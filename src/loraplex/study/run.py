@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from loraplex.recipes.config.arguments import training_arguments
+from loraplex.recipes.config.run_config import ConfigError, RunConfig, build_run
+from loraplex.recipes.models.loading import load_skeleton
+from loraplex.recipes.prepare import load_data
+from loraplex.recipes.progress import note, progress
+from loraplex.recipes.training.lock import locked
+from loraplex.recipes.training.metrics import METRICS_NAME, read_rows, write_atomic
+from loraplex.recipes.training.result import VERSIONS_NAME, versions
 from loraplex.study.cells import JOB_NAME, LOG_NAME, TEST_NAME, Cell, Folder, run_of, searched
 from loraplex.study.choice import Choice, choose
 from loraplex.study.config import StudyConfig, to_yaml
 from loraplex.study.sizes import Sized, solve
 from loraplex.study.worker import work
-from loraplex.training.arguments import training_arguments
-from loraplex.training.config import ConfigError, RunConfig, build_run
-from loraplex.training.lock import locked
-from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
-from loraplex.training.models import load_skeleton
-from loraplex.training.prepare import load_data
-from loraplex.training.progress import note, progress
-from loraplex.training.result import VERSIONS_NAME, versions
 
 STUDY_NAME = "study.yaml"
 SIZES_NAME = "sizes.json"

@@ -9,11 +9,11 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from loraplex.budget import count, match
+from loraplex.inspection.budget import count, match
+from loraplex.recipes.config.arguments import adapter_config, config_class
+from loraplex.recipes.config.run_config import METHODS, ConfigError, RunConfig
+from loraplex.recipes.models.budgeting import parse_match, parse_parameters
 from loraplex.study.config import MethodEntry, StudyConfig
-from loraplex.training.arguments import adapter_config, config_class
-from loraplex.training.budgeting import parse_match, parse_parameters
-from loraplex.training.config import METHODS, ConfigError, RunConfig
 
 
 @dataclass(frozen=True)

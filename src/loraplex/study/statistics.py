@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from loraplex.evaluate import Scores
+from loraplex.recipes.evaluation import Scores
 
 LEVEL = 0.95
 _SHARES = {"accuracy": "correct", "accuracy_norm": "correct_norm", "exact_match": "exact"}

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from loraplex.recipes.console import PlainConsole, make_console
 from loraplex.study.cells import searched
 from loraplex.study.config import StudyConfig
 from loraplex.study.report import Table as Cells
 from loraplex.study.report import cost_table, first_line, groups, inside_table, score_table, verdicts
 from loraplex.study.results import ALL, TaskResult
 from loraplex.study.run import State
-from loraplex.training.console import PlainConsole, make_console
 
 
 def print_plan(state: State) -> None:

@@ -21,24 +21,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loraplex.analysis import Analysis
-from loraplex.evaluate import log_likelihoods
-from loraplex.reading import read_json
+from loraplex.inspection.spectra import Analysis
+from loraplex.io.reading import read_json
+from loraplex.recipes.adapters.looking import analyse_adapter, is_known
+from loraplex.recipes.adapters.saved import labels_of, load_adapted
+from loraplex.recipes.config.run_config import RunConfig, build_run
+from loraplex.recipes.console import quiet
+from loraplex.recipes.data.encode import Answer
+from loraplex.recipes.data.examples import cell as cell_of
+from loraplex.recipes.data.rows import read_rows as read_data
+from loraplex.recipes.evaluation import log_likelihoods
+from loraplex.recipes.prepare import load_base, load_data, make_evaluators
+from loraplex.recipes.training.checkpoints import checkpoints
+from loraplex.recipes.training.memory import explain, is_out_of_memory
+from loraplex.recipes.training.metrics import METRICS_NAME, read_rows, write_atomic
+from loraplex.recipes.training.nonfinite import NonFiniteError
+from loraplex.recipes.training.run import train
 from loraplex.study.cells import ANALYSIS_NAME, FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
 from loraplex.study.config import GeneralText
-from loraplex.training.adapted import labels_of, load_adapted
-from loraplex.training.checkpoints import checkpoints
-from loraplex.training.config import RunConfig, build_run
-from loraplex.training.console import quiet
-from loraplex.training.encode import Answer
-from loraplex.training.examples import cell as cell_of
-from loraplex.training.looking import analyse_adapter, is_known
-from loraplex.training.memory import explain, is_out_of_memory
-from loraplex.training.metrics import METRICS_NAME, read_rows, write_atomic
-from loraplex.training.nonfinite import NonFiniteError
-from loraplex.training.prepare import load_base, load_data, make_evaluators
-from loraplex.training.rows import read_rows as read_data
-from loraplex.training.run import train
 
 
 def work(folder: Path, environment: dict[str, str], threads: int) -> None:

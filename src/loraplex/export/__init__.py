@@ -1,0 +1,1 @@
+"""Adapters as others take them: plain LoRAs, exact or approximate, and merged checkpoints."""

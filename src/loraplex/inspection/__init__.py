@@ -1,0 +1,1 @@
+"""What an adapter is and does: its parameters, shares, spectra, pictures; and what one would cost."""

@@ -1,0 +1,1 @@
+"""Dual LoRA: ΔW = ReLU(B A) ⊙ Sign(D C)."""

@@ -1,0 +1,1 @@
+"""MASA: a group of adjacent layers shares several A; each layer has its own B."""

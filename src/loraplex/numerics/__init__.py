@@ -1,0 +1,1 @@
+"""Products, roundings and decompositions that the methods and the exports are built on."""

@@ -1,0 +1,1 @@
+"""Saved adapters of runs: loaded, evaluated, exported, looked into."""

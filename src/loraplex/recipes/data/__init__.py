@@ -1,0 +1,1 @@
+"""Data sets: read, turned into examples, tokenised, put together into tasks."""

@@ -1,0 +1,1 @@
+"""The training of a run: trainer, checkpoints, metrics, and what it leaves behind."""

@@ -1,0 +1,87 @@
+"""The model card of a run: what was trained on what, how well it does, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraplex.io.reading import yaml_text
+from loraplex.recipes.packages import PACKAGE_PREFIX
+from loraplex.recipes.training.checkpoints import LABELS_NAME, RUN_NAME
+
+if TYPE_CHECKING:
+    from loraplex.recipes.config.run_config import RunConfig
+    from loraplex.recipes.training.result import Result
+
+_LOAD_OURS = "import loraplex  # registers the adapter's type with PEFT\n"
+OURS = ("masa", "aslora", "dual_lora", "multilora")
+_TITLES = {"masa": "MASA", "aslora": "ASLoRA", "dual_lora": "Dual LoRA", "multilora": "MultiLoRA", "lora": "LoRA"}
+_AUTO = {"sft": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+
+
+def model_card(run: RunConfig, result: Result) -> str:
+    """The text of README.md, with its metadata."""
+    title = _TITLES.get(run.method, run.method)
+    return "\n\n".join(
+        [
+            _metadata(run),
+            f"# {title} adapter for {run.model}",
+            f"{result.trainable:,} trained parameters, {result.step:,} steps on "
+            f"{', '.join(spec.title for spec in run.data)}. The whole configuration is in `{RUN_NAME}`.",
+            _table(result),
+            _loading(run, result, title),
+        ]
+    )
+
+
+def _metadata(run: RunConfig) -> str:
+    tags = [run.method, *(["loraplex"] if run.method in OURS else [])]
+    lines = ["library_name: peft", f"tags: {json.dumps(tags)}"]
+    # Only a hub id means something to a reader of the metadata.
+    if ":" not in run.model and not Path(run.model).exists():
+        lines.insert(0, f"base_model: {yaml_text(run.model)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _table(result: Result) -> str:
+    rows = ["| task | metric | base model | adapted |", "|---|---|---|---|"]
+    for task, metrics in result.after.items():
+        for name, value in metrics.items():
+            if name != "examples" and value is not None:
+                before = result.before.get(task, {}).get(name)
+                rows.append(f"| {task} | {name} | {'' if before is None else f'{before:.4f}'} | {value:.4f} |")
+    return "\n".join(rows) if len(rows) > 2 else "It was not evaluated: no data was held out."
+
+
+def _loading(run: RunConfig, result: Result, title: str) -> str:
+    ours = _LOAD_OURS if run.method in OURS else ""
+    if ":" in run.method:
+        ours = f"import {run.method.partition(':')[0]}  # registers the adapter's type with PEFT\n"
+    needs = "" if run.method not in OURS else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
+    imported, base = _base(run, result)
+    return (
+        f"## How to load\n\n{needs}```python\n{ours}from peft import PeftModel\n{imported}\n\n"
+        f'base = {base}\nmodel = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
+    )
+
+
+def _base(run: RunConfig, result: Result) -> tuple[str, str]:
+    """The import and the call that give the base model."""
+    labels = ""
+    if run.task == "classification":
+        names = json.loads((result.output_dir / LABELS_NAME).read_text(encoding="utf-8"))
+        labels = f", num_labels={len(names)}"
+    if run.model.startswith(PACKAGE_PREFIX) or run.model.endswith(".gguf") or run.gguf_file:
+        gguf = f", gguf_file={_quoted(run.gguf_file)}" if run.gguf_file else ""
+        call = f'load_model({_quoted(run.model)}, "{run.task}"{labels}{gguf})'
+        return "from loraplex.recipes.models import load_model", call
+    return (
+        f"from transformers import {_AUTO[run.task]}",
+        f"{_AUTO[run.task]}.from_pretrained({_quoted(run.model)}{labels})",
+    )
+
+
+def _quoted(name: str) -> str:
+    """A name as a Python string, which no quote or line end in it can leave."""
+    return json.dumps(name, ensure_ascii=False)

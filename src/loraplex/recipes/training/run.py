@@ -1,0 +1,253 @@
+"""One training run, from its configuration to the adapter and what is written beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+
+from loraplex import ScheduleCallback
+from loraplex.io.field_types import expected, fits, shown
+from loraplex.io.reading import read_json
+from loraplex.recipes.config.arguments import (
+    adapter_config,
+    check_engine,
+    checkpoint_without_reentry,
+    training_arguments,
+)
+from loraplex.recipes.config.run_config import ConfigError, RunConfig, to_yaml
+from loraplex.recipes.data.encode import check_vocabulary, encode_texts, encode_training
+from loraplex.recipes.data.tasks import Task, build_mixture
+from loraplex.recipes.evaluation import Evaluator
+from loraplex.recipes.prepare import load_base, load_data, make_evaluators
+from loraplex.recipes.progress import is_main, note
+from loraplex.recipes.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
+from loraplex.recipes.training.card import model_card
+from loraplex.recipes.training.checkpoints import (
+    LABELS_NAME,
+    RUN_NAME,
+    UNMOVED,
+    check_fresh,
+    check_same_run,
+    checkpoints,
+    last_complete,
+    remove_leftovers,
+    step_of,
+)
+from loraplex.recipes.training.lock import locked
+from loraplex.recipes.training.memory import located
+from loraplex.recipes.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
+from loraplex.recipes.training.nonfinite import NonFiniteGuard
+from loraplex.recipes.training.result import VERSIONS_NAME, Result, peak_memory, versions
+from loraplex.recipes.training.trainers import AnswerTrainer, ClassifierTrainer
+
+# What a saved adapter consists of; the libraries also write a pickle of their arguments beside it.
+_ADAPTER_FILES = (
+    "adapter_",
+    "README",
+    "tokenizer",
+    "special_tokens",
+    "vocab",
+    "merges",
+    "added_tokens",
+    "chat_template",
+)
+
+
+_STATE = {
+    **dict.fromkeys(("global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen"), int),
+    **dict.fromkeys(("epoch", "total_flos"), float),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), int | float | None),
+    **dict.fromkeys(("train_batch_size", "best_global_step"), int | None),
+    "best_metric": float | None,
+    "best_model_checkpoint": str | None,
+    "log_history": list[dict],
+}
+"""Of the trainer's state, what it computes with, without a look at the types."""
+
+
+def train(run: RunConfig, resume: bool = False) -> Result:
+    """Train an adapter, or continue an interrupted run from its last whole checkpoint.
+
+    Raises:
+        ConfigError: the configuration or the state of `output_dir` doesn't allow it.
+    """
+    output_dir = Path(run.output_dir)
+    # All refuse what is wrong before anything is loaded or written.
+    adapter_config(run)
+    check_engine(training_arguments(run, eval_on_start=not resume))
+    if resume and not output_dir.is_dir():
+        raise ConfigError(f"output_dir {output_dir} does not exist, so there is nothing to resume: leave --resume out.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with locked(output_dir) if is_main() else nullcontext():
+        return _train(run, output_dir, _starting_point(run, output_dir, resume))
+
+
+def _train(run: RunConfig, output_dir: Path, checkpoint: Path | None) -> Result:
+    tokenizer, tasks = load_data(run)
+    evaluators = make_evaluators(run, tasks, tokenizer)
+    arguments = training_arguments(
+        run,
+        eval_on_start=checkpoint is None and bool(evaluators) and run.train.eval_on_start,
+        **({} if evaluators and run.train.eval_steps else {"eval_strategy": "no"}),
+    )
+    trainer = _build_trainer(run, arguments, tokenizer, tasks, adapter_config(run))
+    log = MetricsLog(output_dir / METRICS_NAME)
+    stop = _attach(trainer, run, evaluators, log, checkpoint)
+    if trainer.is_world_process_zero():
+        log.start(None if checkpoint is None else step_of(checkpoint))
+        write_atomic(output_dir / RUN_NAME, to_yaml(run))
+        write_atomic(output_dir / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
+        if run.task == "classification":
+            write_atomic(output_dir / LABELS_NAME, json.dumps(tasks[0].label_names) + "\n")
+    with located(trainer):
+        result = _run(trainer, stop, log, checkpoint, output_dir)
+    if trainer.is_world_process_zero():
+        plot_losses(log.rows, output_dir / PLOT_NAME, f"{run.method} on {Path(run.model).name}")
+        if result.signal is None:
+            write_atomic(output_dir / "README.md", model_card(run, result))
+    return result
+
+
+def _starting_point(run: RunConfig, output_dir: Path, resume: bool) -> Path | None:
+    if is_main():
+        remove_leftovers(output_dir)
+    if not resume:
+        check_fresh(output_dir)
+        return None
+    checkpoint, faults = last_complete(output_dir)
+    for warning in [*faults, *check_same_run(run, output_dir)]:
+        note(f"warning: {warning}")
+    note(f"continuing from {checkpoint}")
+    return checkpoint
+
+
+def _build_trainer(
+    run: RunConfig, arguments: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], peft_config: Any
+) -> Any:
+    model = load_base(run, tasks)
+    mixture = build_mixture(tasks, run.train.seed)
+    if run.task == "sft":
+        data = encode_training(tokenizer, mixture, run.train.max_length)
+    else:
+        data = encode_texts(tokenizer, mixture, run.train.max_length)
+    check_vocabulary(data["input_ids"], model)
+    if len(data) == 0:
+        raise ConfigError("data: no training example is left: every answer is empty.")
+    # evaluate() is ours, but the Trainer refuses to plan evaluations without a data set of its own.
+    placeholder = data.select(range(1)) if arguments.eval_strategy != "no" or arguments.eval_on_start else None
+    common: dict[str, Any] = {"args": arguments, "train_dataset": data, "eval_dataset": placeholder}
+    if run.task == "sft":
+        return AnswerTrainer(model=model, processing_class=tokenizer, peft_config=peft_config, **common)
+    set_seed(run.train.seed)
+    return ClassifierTrainer(
+        model=get_peft_model(model, peft_config),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        **common,
+    )
+
+
+def _attach(
+    trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log: MetricsLog, checkpoint: Path | None
+) -> StopOnSignal:
+    stop = StopOnSignal()
+    trainer.guard = NonFiniteGuard(trainer, run)
+    trainer.evaluators, trainer.metrics_log = evaluators, log
+    if trainer.is_deepspeed_enabled:
+        checkpoint_without_reentry(trainer.args)
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.metrics = MetricsCallback(log)
+    schedule = ScheduleCallback(saves=False, resume_from=checkpoint)
+    ours = (schedule, ResumedLearningRate(), trainer.metrics, ProgressLine())
+    for callback in (*ours, trainer.guard, stop):
+        trainer.add_callback(callback)
+    return stop
+
+
+def _run(trainer: Any, stop: StopOnSignal, log: MetricsLog, checkpoint: Path | None, output_dir: Path) -> Result:
+    started = time.monotonic()
+    finished = None if checkpoint is None else _finished_state(checkpoint)
+    if finished is not None:
+        trainer.state = finished
+    else:
+        with stop.installed():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    result = Result(output_dir, trainer.state.global_step)
+    if finished is not None:
+        _move_files(output_dir / f"checkpoint-{_saved_step(trainer, result.step)}", output_dir, copy=True)
+    elif stop.signal is not None and result.step < trainer.state.max_steps:
+        result.signal = stop.signal
+        result.checkpoint = next(iter(checkpoints(output_dir)), None)
+    else:
+        if trainer.evaluators and trainer.evaluated_at != result.step:
+            trainer.evaluate()
+        _save(trainer, output_dir)
+    result.seconds, result.step_seconds = time.monotonic() - started, trainer.metrics.seconds_per_step
+    result.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    result.peak_memory = peak_memory()
+    result.before, result.after = log.evaluations(0), log.evaluations(_saved_step(trainer, result.step))
+    if trainer.is_world_process_zero() and result.signal is None:
+        _write_end(log, result)
+    return result
+
+
+def _finished_state(checkpoint: Path) -> TrainerState | None:
+    # The Trainer would take a step too many if it were asked to continue from its last one.
+    file = checkpoint / TRAINER_STATE_NAME
+    settings = read_json(file, dict)
+    try:
+        for name, kind in _STATE.items():
+            if not fits(settings.get(name), kind):
+                raise TypeError(f"{name} is {shown(settings.get(name))}, not {expected(kind)}")
+        state = TrainerState.load_from_json(str(file))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{file} is no state of a training run ({error}): delete the checkpoint.") from None
+    return state if state.global_step >= state.max_steps else None
+
+
+def _saved_step(trainer: Any, step: int) -> int:
+    best = trainer.state.best_global_step
+    return best if trainer.args.load_best_model_at_end and best is not None else step
+
+
+def _save(trainer: Any, output_dir: Path) -> None:
+    """Save the adapter under a temporary name, then move its files to their place."""
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=UNMOVED) as folder:
+        trainer.save_model(folder)
+        if trainer.is_world_process_zero():
+            _move_files(Path(folder), output_dir)
+
+
+def _move_files(folder: Path, output_dir: Path, copy: bool = False) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name.startswith(_ADAPTER_FILES):
+            source = file
+            if copy:
+                source = output_dir / f".{file.name}.{os.getpid()}.tmp"
+                shutil.copyfile(file, source)
+            os.replace(source, output_dir / file.name)
+
+
+def _write_end(log: MetricsLog, result: Result) -> None:
+    log.add(
+        "end",
+        result.step,
+        {
+            "seconds": round(result.seconds, 1),
+            "step_seconds": None if result.step_seconds is None else round(result.step_seconds, 4),
+            "trainable_parameters": result.trainable,
+            "peak_memory_bytes": result.peak_memory,
+        },
+    )

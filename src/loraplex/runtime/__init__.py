@@ -1,0 +1,1 @@
+"""What runs around a model: shards, offloading, quantised storage, optimizers' steps and loss scales."""

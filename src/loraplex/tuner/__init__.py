@@ -1,0 +1,1 @@
+"""What all methods stand on: configurations, factors, the adapted layer, sharing, schedules, loading."""

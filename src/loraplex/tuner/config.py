@@ -1,0 +1,270 @@
+"""The settings that all methods share, under LoraConfig's names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from huggingface_hub import ModelCard, ModelCardData
+from packaging.version import InvalidVersion, Version
+from peft import PeftConfig, TaskType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.other import get_pattern_key
+
+from loraplex.io.field_types import check_types, fits, is_finite, shown
+from loraplex.tuner.adapter_files import check_adapter_files
+from loraplex.tuner.patterns import check_pattern
+from loraplex.version import __version__
+
+_BIAS = ("none", "all", "lora_only")
+_LARGEST_RANK = 2**16
+_MOST_STEPS = 10**12
+MOST_PARTS = 1024
+"""Experts or modules side by side; the papers use up to eight."""
+_CARD_MARK = "<!-- loraplex: how to load -->"
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Settings of one adapter. Abstract: use `MasaConfig`, `AsLoraConfig`, `DualLoraConfig`, `MultiLoraConfig`.
+
+    Every field means what it means in `peft.LoraConfig`; moving from LoRA is a change of the class name.
+
+    Raises:
+        ValueError: a setting is out of range or can't be honoured; the message names the value and the remedy.
+    """
+
+    method: ClassVar[str]
+    """Name of the PEFT type, for example "MASA"."""
+    title: ClassVar[str]
+    """Name and source of the method, for people."""
+    factors_cls: ClassVar[type[Any]]
+    """The method's `Factors`."""
+    shared_cls: ClassVar[type[Any] | None]
+    """The method's `SharedFactors`, or None."""
+
+    r: int = 8
+    """Rank of the factors."""
+    lora_alpha: float = 8
+    """Strength of the update: `scaling = lora_alpha / r`."""
+    lora_dropout: float = 0.0
+    """Probability with which an element of the adapter's input is dropped while training."""
+    use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(r)` (rank-stabilised LoRA) instead of `lora_alpha / r`."""
+    target_modules: list[str] | str | None = None
+    """Modules to adapt: names or name endings, a regular expression, "all-linear", or None for PEFT's default."""
+    exclude_modules: list[str] | str | None = None
+    """Modules to leave alone: names or name endings, or a regular expression."""
+    layers_to_transform: list[int] | int | None = None
+    """Depths to adapt; None adapts every layer."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the list of layers ("layers", "h"), where a module's name holds more than one number."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some modules: name ending or regular expression → r."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other strengths for some modules: name ending or regular expression → lora_alpha."""
+    modules_to_save: list[str] | None = None
+    """Further modules that are trained in full and saved with the adapter, such as a classification head."""
+    bias: str = "none"
+    """Which biases of the base model are trained: "none", "all" or "lora_only" (those of adapted modules)."""
+    init_weights: bool = True
+    """True starts at the base model's function; False draws random factors (for tests)."""
+    loraplex_version: str | None = None
+    """Version that wrote the adapter; filled in."""
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        check_types(type(self), vars(self))
+        if self.task_type is not None:
+            check_choice("task_type", self.task_type, tuple(kind.value for kind in TaskType))
+        if self.peft_type not in (None, self.method):
+            raise ValueError(
+                f"peft_type={shown(self.peft_type)} is not that of {type(self).__name__}: {self.method!r}."
+            )
+        super().__post_init__()
+        self.peft_type = PeftType(self.method)
+        self.loraplex_version = self.loraplex_version or __version__
+        for name in ("target_modules", "exclude_modules"):
+            if not isinstance(value := getattr(self, name), str | None):
+                # A set, as PEFT's own configs have it: matching asks for membership, and order means nothing.
+                setattr(self, name, set(value))
+        if self.modules_to_save is not None:
+            # PEFT adds a classifier's head to it.
+            self.modules_to_save = list(self.modules_to_save)
+        self._check_common()
+        self._check_patterns()
+
+    def _check_numbers(self) -> None:
+        check_count("r", self.r, maximum=_LARGEST_RANK)
+        check_number("lora_alpha", self.lora_alpha)
+        if not fits(self.lora_dropout, float) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={shown(self.lora_dropout)} is not a probability: use 0 ≤ lora_dropout < 1.")
+        check_choice("bias", self.bias, _BIAS)
+
+    def _check_common(self) -> None:
+        for pattern, rank in self.rank_pattern.items():
+            check_count(f"rank_pattern[{shown(pattern)}]", rank, maximum=_LARGEST_RANK)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{shown(pattern)}]", alpha)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={shown(self.layers_to_transform)} can't be used with target_modules="
+                f"{shown(self.target_modules)}: give target_modules as a list, or put the layers into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None and not self.shares_across_layers:
+            raise ValueError(
+                f"layers_pattern={shown(self.layers_pattern)} has no effect without layers_to_transform: "
+                "set layers_to_transform too, or leave layers_pattern out."
+            )
+
+    def _check_patterns(self) -> None:
+        """Check all that is matched as a regular expression, in the form in which PEFT matches it."""
+        if isinstance(self.target_modules, str) and self.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            check_pattern("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            check_pattern("exclude_modules", self.exclude_modules)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                check_pattern(name, pattern, r"(.*\.)?({})$")
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        for pattern in layers or []:
+            check_pattern("layers_pattern", pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\.")
+        if "" in (self.modules_to_save or []):
+            raise ValueError(f"modules_to_save={shown(self.modules_to_save)} holds an empty name, which means all.")
+        for pattern in self.modules_to_save or []:
+            check_pattern("modules_to_save", pattern, r"(^|.*\.){}($|\..*)")
+
+    @property
+    def shares_across_layers(self) -> bool:
+        """Whether layers read factors of other layers (MASA, ASLoRA)."""
+        return False
+
+    @property
+    def parts(self) -> int:
+        """How many factors of rank r lie side by side in one tensor (MASA's experts, MultiLoRA's modules)."""
+        return 1
+
+    def holding(self, rank: int, configs: list[AdapterConfig]) -> AdapterConfig:
+        """Settings of an adapter that can hold any sum of rank `rank` of adapters with these configs; scaling is 1.
+
+        Raises:
+            ValueError: no adapter of this method can.
+        """
+        raise ValueError(f"Updates of {self.title} don't add up to one adapter: merge them (merge_adapter) instead.")
+
+    def rank(self, module_name: str) -> int:
+        """Rank on the module `module_name`, `rank_pattern` taken into account."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
+
+    def alpha(self, module_name: str) -> float:
+        """Strength on the module `module_name`, `alpha_pattern` taken into account."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.lora_alpha)
+
+    def scaling(self, module_name: str) -> float:
+        """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
+        rank = self.rank(module_name)
+        return self.alpha(module_name) / (rank**0.5 if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values; sets come as sorted lists, so that equal configs give equal files."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and say in the model card what a reader has to import."""
+        super().save_pretrained(save_directory, **kwargs)
+        self._write_model_card(save_directory)
+
+    def _write_model_card(self, directory: str) -> None:
+        # PEFT can't load the type without the import and ends in a bare KeyError: the card is where people look.
+        path = os.path.join(directory, "README.md")
+        card = ModelCard.load(path) if os.path.isfile(path) else ModelCard.from_template(ModelCardData())
+        if _CARD_MARK not in card.text:
+            card.data["tags"] = sorted({*(card.data.get("tags") or []), "loraplex", self.method.lower()})
+            card.text += (
+                f"\n\n{_CARD_MARK}\n## How to load\n\n"
+                f"The method of this adapter is {self.title}. `pip install loraplex`, then:\n\n"
+                "```python\nimport loraplex  # registers the adapter's type with PEFT\n"
+                "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, adapter)\n```\n"
+            )
+            card.save(path)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AdapterConfig:
+        """Read `adapter_config.json`, and check the weights beside it before any model is touched.
+
+        Raises:
+            ValueError: the config comes from a newer version, or the weights file is not a whole safetensors file.
+        """
+        folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
+        if os.path.isdir(folder):
+            cls._check_fields(check_adapter_files(folder))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # Read from a file: if its weights turn out not to fit, the adapter is taken off the model again.
+        config._unproven = True
+        weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        config._weights = weights if os.path.isdir(folder) else None
+        return config
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse unknown fields: PEFT would drop them with a warning and load another adapter than was saved."""
+        cls._check_fields(kwargs)
+        return super().check_kwargs(**kwargs)
+
+    @classmethod
+    def _check_fields(cls, settings: dict[str, Any]) -> None:
+        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        if unknown:
+            written_by = settings.get("loraplex_version") or "unknown"
+            remedy = "pip install -U loraplex" if _is_newer(written_by) else f"remove the field from {CONFIG_NAME}"
+            raise ValueError(
+                f"{CONFIG_NAME} has fields that loraplex {__version__} does not know: {shown(', '.join(unknown))} "
+                f"(written by loraplex {shown(written_by)}). Remedy: {remedy}."
+            )
+
+
+def _is_newer(version: object) -> bool:
+    try:
+        return Version(str(version)) > Version(__version__)
+    except InvalidVersion:
+        return False
+
+
+def unscaled(config: Any, r: int, **settings: Any) -> Any:
+    """`config` with another rank, and scaling 1 everywhere."""
+    plain = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return replace(config, **plain, **settings)
+
+
+def check_count(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `minimum` and at most `maximum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={shown(value)} must be an integer of at least {minimum}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}={shown(value)} must be an integer of at most {maximum}.")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is a finite positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and is_finite(value)):
+        raise ValueError(f"{name}={shown(value)} must be a positive number.")
+
+
+def check_steps(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` counts steps (integer ≥ 1) or is a fraction of the run (0 < value < 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={shown(value)} must be a number of steps or a fraction of the run.")
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"{name}={value} as a fraction of the run must lie between 0 and 1; steps are integers.")
+    if isinstance(value, int) and not 1 <= value <= _MOST_STEPS:
+        raise ValueError(f"{name}={shown(value)} must be at least 1 step and at most {_MOST_STEPS}.")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={shown(value)} is unknown: use one of {', '.join(map(repr, choices))}.")
