@@ -54,6 +54,16 @@ def test_settings(name: str, tmp_path: Path) -> None:
             read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
+@pytest.mark.parametrize("kind", ["LOHA", "VERA", "OFT"])
+def test_patterns_of_other_types(kind: str, name: str, tmp_path: Path) -> None:
+    value = {"(a+)+$": 2} if name == "rank_pattern" else "(a+)+$"
+    layers = [0] if name == "layers_pattern" else None
+    edit_settings(lora(tmp_path), peft_type=kind, layers_to_transform=layers, **{name: value})
+    with pytest.raises(ValueError, match=f"{name}=.*can match one name in more than"):
+        adapter_json(tmp_path)
+
+
 @pytest.mark.parametrize("value", ["2", 2.5, None, True, -1, 10**9])
 def test_ranks(value: object, tmp_path: Path) -> None:
     edit_settings(lora(tmp_path), r=value)

@@ -101,6 +101,20 @@ def test_a_stranger_s_checkpoint(
     assert message in said.rpartition("\nerror: ")[2]
 
 
+@pytest.mark.parametrize("name", ["README.md", "run.yaml", "adapter_model.safetensors", "loss.png", "metrics.jsonl"])
+def test_nothing_is_written_through_a_link(run: Path, tmp_path: Path, name: str) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(run, out)
+    typed = tmp_path / "run.yaml"
+    typed.write_text(yaml.safe_dump({**yaml.safe_load((out / "run.yaml").read_text()), "output_dir": str(out)}))
+    content = (out / name).read_bytes() if (out / name).is_file() else b"mine"
+    outside.write_bytes(content)
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(outside)
+    assert main(["train", str(typed), "--resume"]) in (0, 2)
+    assert outside.read_bytes() == content
+
+
 def test_the_mark_is_left_where_pickles_are_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MARK, str(tmp_path / "ran"))
     pickled("x.pt")(tmp_path)

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from loraplex.io.field_types import shown
 from loraplex.io.files import check_target, replaced_folder, write_tensors
-from loraplex.io.reading import file_name, read_json
+from loraplex.io.reading import file_name, message_of, read_json
 from loraplex.tuner.finite import check_finite
 from loraplex.tuner.sharing import BANK
 from loraplex.tuner.updates import Update, adapted
@@ -204,7 +204,9 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}): copy or download it again.") from None
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({message_of(error)}): copy or download it again."
+        ) from None
 
 
 @torch.no_grad()

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from loraplex.tuner.config import AdapterConfig
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_CHECKED = (
-    "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "task_type",
+_PATTERNS = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "modules_to_save",
 )  # fmt: skip
+"""Which all of PEFT's types match against module names."""
+_CHECKED = (*_PATTERNS, "r", "lora_alpha", "use_rslora", "bias", "task_type")
 
 
 @dataclass
@@ -32,15 +34,15 @@ def check_plain(folder: str | os.PathLike[str], settings: dict[str, Any]) -> Non
 
     Args:
         folder: where the adapter lies.
-        settings: what its `adapter_config.json` says; of other types than LORA nothing is checked.
+        settings: what its `adapter_config.json` says; of other types than LORA only names and patterns are checked.
 
     Raises:
         ValueError: names the setting or the tensor, and what it should be.
     """
-    if settings["peft_type"] != "LORA":
-        return
-    known = {name: settings[name] for name in _CHECKED if settings.get(name) is not None}
-    known |= {"lora_alpha": _positive(settings.get("lora_alpha", 8)), "r": settings.get("r", 8)}
+    plain = settings["peft_type"] == "LORA"
+    known = {name: settings[name] for name in (_CHECKED if plain else _PATTERNS) if settings.get(name) is not None}
+    if plain:
+        known |= {"lora_alpha": _positive(settings.get("lora_alpha", 8)), "r": settings.get("r", 8)}
     if isinstance(patterns := known.get("alpha_pattern"), dict):
         known["alpha_pattern"] = {key: _positive(value) for key, value in patterns.items()}
     try:
@@ -48,7 +50,7 @@ def check_plain(folder: str | os.PathLike[str], settings: dict[str, Any]) -> Non
     except ValueError as error:
         raise ValueError(f"{os.fspath(folder)}: {error} Correct its adapter_config.json.") from None
     weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.isfile(weights):
+    if plain and os.path.isfile(weights):
         with safe_open(weights, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a dict
                 if ".lora_" in key and (kind := tensors.get_slice(key).get_dtype()) not in _FLOATS:

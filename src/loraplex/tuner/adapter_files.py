@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from loraplex.io.field_types import shown
-from loraplex.io.reading import read_json
+from loraplex.io.reading import message_of, read_json
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def check_adapter_files(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 keys = list(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{weights} is not a whole safetensors file ({error}): copy or download the adapter again."
+                f"{weights} is not a whole safetensors file ({message_of(error)}): copy or download the adapter again."
             ) from None
         marks = [f".{settings['peft_type'].lower()}_{kind}." for kind in ("factors", "shared")]
         in_full = settings.get("modules_to_save")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loraplex.io.field_types import shown
+from loraplex.io.reading import message_of
 from loraplex.runtime.parallel import whole_shape
 
 _MOST_STEPS = 10**12
@@ -26,7 +27,7 @@ def read_training_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). {_AGAIN}") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({message_of(error)}). {_AGAIN}") from None
 
 
 def check_training_state(

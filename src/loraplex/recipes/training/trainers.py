@@ -198,6 +198,9 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
 class AnswerTrainer(_TaskEvaluation, SFTTrainer):
     """Causal language models: loss on the answers."""
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would write one with each checkpoint, through a link too; the run writes its own at its end."""
+
 
 class ClassifierTrainer(_TaskEvaluation, Trainer):
     """Sequence classification."""
