@@ -20,21 +20,6 @@ from loraplex.recipes.console import quiet
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
-# Runs the command with an empty package in place of loraplex/__init__.py, whose import registers the methods.
-HELP_ALONE = """
-import importlib.machinery, sys, types
-package = types.ModuleType("loraplex")
-package.__path__ = [sys.argv[1]]
-sys.modules["loraplex"] = package
-from loraplex.commands.cli import main
-try:
-    main(sys.argv[2:])
-except SystemExit:
-    pass
-heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "rich"} & set(sys.modules)
-assert not heavy, heavy
-"""
-
 
 def error_of(capsys, *arguments: str) -> str:
     """The message of a command that must fail as a user's error: exit code 2, one message, no traceback."""
@@ -46,11 +31,46 @@ def error_of(capsys, *arguments: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(arguments):
-    package = str(Path(loraplex.__file__).parent)
-    command = [sys.executable, "-c", HELP_ALONE, package, *arguments]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout
+# The console script, and what it has imported.
+SCRIPT = """
+import sys
+from loraplex_command import main
+try:
+    main()
+finally:
+    print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "rich", "yaml"}))
+"""
+COMMANDS = ["train", "eval", "compare", "export", "merge", "budget", "inspect", "exec", "cache"]
+
+
+def script(*arguments):
+    return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS), ["tran"], ["export", "--rank", "x"]],
+)
+def test_what_needs_no_command_imports_nothing_heavy(arguments):
+    done = script(*arguments)
+    assert done.returncode == (0 if arguments[-1].startswith("--") else 2)
+    *printed, heavy = done.stdout.splitlines()
+    assert heavy == ""
+    assert printed or "error" in done.stderr
+
+
+def test_a_command_has_all_and_libraries_say_nothing_of_their_parts(tmp_path):
+    done = script("cache", "list")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "peft torch transformers yaml"
+    assert done.stderr == ""
+
+
+def test_the_script_after_an_import_of_the_package():
+    """As a notebook or another program calls it."""
+    code = f"import loraplex\nconfig = loraplex.MasaConfig\n{SCRIPT}\nassert loraplex.MasaConfig is config"
+    done = subprocess.run([sys.executable, "-c", code, "cache"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_has_a_line_per_command(capsys):

@@ -7,7 +7,7 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -312,17 +312,24 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, overrides
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 / 143 for a signal."""
+def main(argv: Sequence[str] | None = None, begin: Callable[[], None] = lambda: None) -> int:
+    """Run a command; returns the exit code: 0, 2 for an error of the user's, 130 / 143 for a signal.
+
+    Args:
+        argv: the command line; None takes the process's.
+        begin: called once it is read, before the command does anything.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) > 1 and argv[0] == "exec" and argv[1] not in ("-h", "--help", "--debug"):
         # Before everything else: the options after it are not ours, nor are the program's errors.
+        begin()
         return _exec(argv[1:])
     own, overrides = split_overrides(argv)
     args = build_parser().parse_args(own)
     if args.command in _OWN_OPTIONS and args.trust_remote_code:
         overrides += ["--trust_remote_code", "true"]
     try:
+        begin()
         return _COMMANDS[args.command](args, overrides)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
