@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -64,12 +65,21 @@ def of_optimizer(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
     return rewrite
 
 
+def flatten(state: dict[int, Any]) -> None:
+    for entries in state.values():
+        entries["exp_avg"] = entries["exp_avg"].flatten()[:3].clone()
+
+
 PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{f"pickle in {name}": (pickled(name), "can't be read") for name in PICKLES},
     **{f"pickle as {name}": (plainly_pickled(name), "can't be read") for name in PICKLES},
     "optimizer": (lambda folder: torch.save([], folder / "optimizer.pt"), "can't be read"),
     "groups": (of_optimizer(lambda state: state["param_groups"].pop()), "can't be read"),
+    "moments": (of_optimizer(lambda state: flatten(state["state"])), "exp_avg is torch.Size"),
+    "rate": (of_optimizer(lambda state: state["param_groups"][0].update(lr="x")), "lr of group 0 is 'x'"),
+    "no rate": (of_optimizer(lambda state: state["param_groups"][0].update(lr=math.nan)), "lr of group 0 is nan"),
+    "betas": (of_optimizer(lambda state: state["param_groups"][0].update(betas=(0.9,))), "betas of group 0 is (0.9,)"),
     "random state": (lambda folder: torch.save({"python": 5}, folder / "rng_state.pth"), "can't be read"),
     "step as text": (of_state(global_step="4"), "global_step is '4'"),
     "no step": (of_state(global_step=None), "global_step is None"),

@@ -23,6 +23,7 @@ from loraplex.recipes.training.callbacks import MetricsCallback
 from loraplex.recipes.training.checkpoints import SAVING, outdated, seal
 from loraplex.recipes.training.metrics import MetricsLog
 from loraplex.recipes.training.nonfinite import NonFiniteGuard
+from loraplex.recipes.training.optimizer_state import check_optimizer, settings_of
 from loraplex.recipes.training.zero import load_state, save_state
 from loraplex.runtime.out_of_memory import is_out_of_memory
 from loraplex.runtime.parallel import gathered_state_dict
@@ -153,8 +154,11 @@ class _TaskEvaluation(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        before = [] if checkpoint is None or self.is_deepspeed_enabled else settings_of(self.optimizer)
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if before:
+                check_optimizer(self.optimizer, before)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
