@@ -20,8 +20,7 @@ from loraplex.methods.dual_lora import gated_linear as gated
 from loraplex.methods.dual_lora import method as dual_lora
 from loraplex.methods.dual_lora.gated_linear import gated_linear
 from loraplex.methods.dual_lora.method import Sign
-from loraplex.numerics import rounding
-from loraplex.tuner import base_weight
+from loraplex.numerics import products, rounding
 
 OUT, IN, R1, R2, SCALE = 37, 53, 3, 5, 0.7
 HALVES = [torch.bfloat16, torch.float16]
@@ -31,7 +30,7 @@ EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.f
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     """Several tiles, the last of them not full."""
-    monkeypatch.setattr(base_weight, "_CPU_TILE", 10 * IN + 3)
+    monkeypatch.setattr(products, "_CPU_TILE", 10 * IN + 3)
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -563,5 +562,5 @@ def test_peak_of_a_step_is_loras_and_one_layers_buffer(monkeypatch, dtype):
     naive = extra(DualLoraConfig(r=r, target_modules=targets, init_weights=False, compute="reference"))
     buffer = wide * narrow * dtype.itemsize
     # Beside the buffer: a few float32 tiles, the factors in float32, and dx of one layer.
-    assert ours - lora < buffer + 12 * base_weight._CPU_TILE * 4 + 10 * r * (wide + narrow) * 4
+    assert ours - lora < buffer + 12 * products._CPU_TILE * 4 + 10 * r * (wide + narrow) * 4
     assert naive - lora > 2 * layers * 3 * buffer

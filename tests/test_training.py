@@ -772,12 +772,13 @@ def test_defaults_never_stop_a_short_run(method: str, tmp_path: Path, caplog: py
     assert ("ends at step" in caplog.text) == (method == "ASLORA")  # whose merges come after its first step
 
 
-def test_a_frozen_adapter_stops_no_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callbacks", [(), (ScheduleCallback(),)], ids=["alone", "callback"])
+def test_a_frozen_adapter_stops_no_run(callbacks: tuple[Any, ...], tmp_path: Path) -> None:
     """Its merges that never came are no matter of a run that trains another adapter."""
     model = adapted("ASLORA", merge_start_step=500)
     model.add_adapter("other", CONFIGS["ASLORA"](num_merges=0))
     model.set_adapter("other")
-    trainer(model, tmp_path, max_steps=1).train()
+    trainer(model, tmp_path, callbacks, max_steps=1).train()
 
 
 @pytest.mark.parametrize("method", SCHEDULED)

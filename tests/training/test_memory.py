@@ -9,8 +9,8 @@ import torch
 from runs import rows, write_run
 
 from loraplex.commands.cli import main
+from loraplex.recipes import prepare
 from loraplex.recipes.evaluation import Evaluator
-from loraplex.recipes.training import run as run_module
 from loraplex.recipes.training.trainers import AnswerTrainer
 
 
@@ -118,7 +118,7 @@ def test_in_an_evaluation(room, tmp_path, monkeypatch, capfd):
 
 
 def test_while_the_model_is_loaded(room, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(run_module, "load_model", lambda *args, **kwargs: gpu())
+    monkeypatch.setattr(prepare, "load_model", lambda *args, **kwargs: gpu())
     lines = message_of(capfd, str(write_run(room, tmp_path / "out", "lora")))
     assert lines[0] == "error: out of memory before the first step"
     assert lines[1].startswith("planned: weights ")
