@@ -500,6 +500,26 @@ def test_what_was_trained_in_full_takes_the_model_s_dtype(method: str, low_cpu_m
     assert output(model.eval(), arch.inputs()).isfinite().all()
 
 
+@pytest.mark.parametrize("way", ["from_pretrained", "load_adapter"])
+@every_plain
+def test_a_file_that_lacks_what_was_trained_in_full(method: str, way: str, tmp_path: Path) -> None:
+    """Under another name, so that PEFT is the first to miss it."""
+    arch = ARCHS["llama"]
+    settings = config(method, target_modules=arch.targets, modules_to_save=["lm_head"])
+    host = get_peft_model(arch.build(), settings)
+    host.save_pretrained(tmp_path)
+    tensors = h.file_tensors(tmp_path)
+    key = "base_model.model.lm_head.weight"
+    write({k if k != key else "lm_head.weight": tensor for k, tensor in tensors.items()}, tmp_path)
+    load = {
+        "from_pretrained": lambda: PeftModel.from_pretrained(arch.build(), tmp_path),
+        "load_adapter": lambda: host.load_adapter(tmp_path, "second"),
+    }[way]
+    with pytest.raises(ValueError, match=f"lacks '{key}', which was trained in full"):
+        load()
+    assert list(host.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @every_plain
 def test_factors_of_several_dtypes(method: str, low_cpu_mem_usage: bool, tmp_path: Path) -> None:

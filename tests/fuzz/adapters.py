@@ -179,7 +179,7 @@ def _near_field(draw: Draw, folder: Folder, room: Room) -> None:
         "compute": ["added", "apart", "reference"], "cache_delta": [True], "merge_start_step": [0.1, 5],
         "init_weights": [False], "layers_pattern": ["layers", ["layers"], "h"], "task_type": ["CAUSAL_LM", None],
     }  # fmt: skip
-    name = draw.choice([name for name in near if name in folder.config])
+    name = draw.choice([name for name in near if name in folder.config] or ["r"])
     folder.config[name] = draw.choice(near[name])
     draw.note(f"{name}={short(folder.config[name])}")
 

@@ -12,16 +12,18 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import wraps
+from traceback import walk_tb
 from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import cached_file
 
+from loraplex.io.field_types import shown
 from loraplex.tuner.adapter_files import read_settings
 from loraplex.tuner.attempt import all_or_nothing
 from loraplex.tuner.config import AdapterConfig
@@ -58,7 +60,7 @@ def _on_peft_model(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def change(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.base_model, AdapterModel):
-            return all_or_nothing(self, lambda: method(self, *args, **kwargs))
+            return all_or_nothing(self, lambda: _saying_what_lacks(lambda: method(self, *args, **kwargs)))
         return method(self, *args, **kwargs)
 
     return change
@@ -69,10 +71,31 @@ def _from_pretrained(method: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(cls: Any, model: nn.Module, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         folder = os.path.join(model_id, kwargs.get("subfolder") or "")
         if kwargs.get("config") is None and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
-            read_settings(folder)
-        return all_or_nothing(model, lambda: method(cls, model, model_id, *args, **kwargs), needs_us=True)
+            kind: type = PEFT_TYPE_TO_CONFIG_MAPPING.get(read_settings(folder)["peft_type"], PeftConfig)
+        else:
+            kind = type(kwargs.get("config"))
+
+        def load() -> Any:
+            return method(cls, model, model_id, *args, **kwargs)
+
+        ours = issubclass(kind, AdapterConfig)
+        return all_or_nothing(model, lambda: _saying_what_lacks(load) if ours else load(), needs_us=True)
 
     return from_pretrained
+
+
+def _saying_what_lacks(load: Callable[[], Any]) -> Any:
+    """Load, with PEFT's KeyError for a module trained in full that the file lacks as an error that says so."""
+    try:
+        return load()
+    except KeyError as error:
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if frame.f_code is not set_peft_model_state_dict.__code__:
+            raise
+        raise ValueError(
+            f"The adapter's file lacks {shown(error.args[0])}, which was trained in full: copy or download the adapter "
+            "again."
+        ) from None
 
 
 def _add_to_transformers(method: Callable[..., None]) -> Callable[..., None]:
