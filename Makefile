@@ -18,7 +18,7 @@ test: $(VENV)/test.done  ## lint, types, tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -rs
 
 lint: $(VENV)/test.done  ## format and check the code
 	$(VENV)/bin/ruff format .
