@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_signals_reach_the_program(number: int, handled: bool, tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.2)  # it sleeps by then
         process.send_signal(number)
         # What importing PEFT brings makes Python end with 1 after a KeyboardInterrupt that nobody handles.
         unhandled = {-number, 1} if number == signal.SIGINT else {-number}

@@ -205,7 +205,7 @@ def _opened(file: Path) -> Iterator[Any]:
             yield tensors
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is not a whole safetensors file ({message_of(error)}): copy or download it again."
+            f"{file} is not a whole safetensors file ({message_of(error, 500)}): copy or download it again."
         ) from None
 
 

@@ -44,12 +44,14 @@ def yaml_text(value: object) -> str:
     return text if re.fullmatch(r"[\w./@+-]+", text) else json.dumps(text)
 
 
-def message_of(error: BaseException | str) -> str:
-    """An error's message as it may be printed: without control characters, and not longer than a screen or two."""
+def message_of(error: BaseException | str, most: int = MAX_MESSAGE) -> str:
+    """An error's message as it may be printed: without control characters, and no longer than `most`, which is a screen
+    or two; a message that is a part of another takes less.
+    """
     text = printable(str(error))
-    if len(text) <= MAX_MESSAGE:
+    if len(text) <= most:
         return text
-    half = MAX_MESSAGE // 2 - 40
+    half = most // 2 - 40
     return f"{text[:half]} … ({len(text) - 2 * half:,} characters left out) … {text[-half:]}"
 
 

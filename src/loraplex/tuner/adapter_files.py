@@ -58,7 +58,8 @@ def check_adapter_files(folder: str | os.PathLike[str]) -> dict[str, Any]:
                 keys = list(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{weights} is not a whole safetensors file ({message_of(error)}): copy or download the adapter again."
+                f"{weights} is not a whole safetensors file ({message_of(error, 500)}): copy or download the adapter "
+                "again."
             ) from None
         marks = [f".{settings['peft_type'].lower()}_{kind}." for kind in ("factors", "shared")]
         in_full = settings.get("modules_to_save")

@@ -27,7 +27,7 @@ def read_training_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({message_of(error)}). {_AGAIN}") from None
+        raise ValueError(f"{path} is not a whole safetensors file ({message_of(error, 500)}). {_AGAIN}") from None
 
 
 def check_training_state(

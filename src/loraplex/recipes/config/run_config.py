@@ -227,11 +227,11 @@ def unknown_key(path: str, names: Iterable[str], place: str) -> str:
     prefix, _, last = path.rpartition(".")
     near = nearest(last, names, _TRAIN_SYNONYMS if prefix == "train" else {})
     if near is None and not prefix and last in {*TrainSection.model_fields, *_TRAIN_SYNONYMS}:
-        return f"{place}: unknown key {path!r}: did you mean 'train.{_TRAIN_SYNONYMS.get(last, last)}'?"
+        return f"{place}: unknown key {shown(path)}: did you mean 'train.{_TRAIN_SYNONYMS.get(last, last)}'?"
     if near is not None:
-        return f"{place}: unknown key {path!r}: did you mean {f'{prefix}.{near}'.lstrip('.')!r}?"
+        return f"{place}: unknown key {shown(path)}: did you mean {f'{prefix}.{near}'.lstrip('.')!r}?"
     known = ", ".join(names) if len(names) <= 40 else "see docs/cli.md"
-    return f"{place}: unknown key {path!r}: known keys here are {known}."
+    return f"{place}: unknown key {shown(path)}: known keys here are {known}."
 
 
 def nearest(name: str, names: Iterable[str], synonyms: dict[str, str] | None = None) -> str | None:
