@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import loraplex
+from loraplex.tuner.registry import METHODS
 
 SOURCE = Path(loraplex.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
@@ -79,6 +80,19 @@ def test_methods_do_not_know_each_other() -> None:
     rooms = {name: name.split(".")[1] for name in MODULES if name.startswith("methods.")}
     for name, room in rooms.items():
         assert {rooms[target] for target in GRAPH[name] if target in rooms} <= {room}
+
+
+def test_nothing_knows_a_method_but_its_room() -> None:
+    """The registry is the only table of methods: nobody else imports from a room of theirs, or asks for a name."""
+    names = {spelling for run_name, cls in METHODS.items() for spelling in (run_name, cls.method, cls.title)}
+    for module, file in MODULES.items():
+        if module.partition(".")[0] == "methods":
+            continue
+        # The package itself makes their configs public.
+        allowed = {"methods"} if not module else set()
+        assert {target for target in GRAPH[module] if target.partition(".")[0] == "methods"} <= allowed, module
+        texts = (node.value for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Constant))
+        assert not names & {text for text in texts if isinstance(text, str)}, module
 
 
 def test_the_root_is_small() -> None:

@@ -4,10 +4,10 @@ from loraplex.export.lora import LoraExport, Rank, export_lora
 from loraplex.export.peft_conversion import patch_peft_conversion
 from loraplex.export.plain_folder import to_plain
 from loraplex.methods import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
-from loraplex.methods.masa.calibrate import Calibration, calibrate
 from loraplex.runtime.loss_scaling import loss_scale
 from loraplex.runtime.parallel import gathered_state_dict
 from loraplex.tuner.cache import clear_cache
+from loraplex.tuner.calibration import Calibration, calibrate
 from loraplex.tuner.finite import allow_nonfinite
 from loraplex.tuner.registry import add_adapter, load_adapter
 from loraplex.tuner.schedule import (

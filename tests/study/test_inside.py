@@ -11,6 +11,7 @@ from torch import nn
 
 from loraplex.inspection.spectra import Analysis, analyse_lora
 from loraplex.study.inside import look_inside
+from loraplex.tuner.findings import Fact, GateUse, Handover, Handovers, Matrices, OverLayers, Panel
 
 EMPTY = Analysis("X").to_dict()
 
@@ -38,28 +39,43 @@ def test_spectra():
 
 
 def test_what_methods_have_of_their_own():
-    """Means over modules and groups, by hand."""
-    inside = look_inside(
-        EMPTY
-        | {
-            "closed": {"q": 0.5, "v": 0.7},
-            "negative": {"q": 0.25, "v": 0.75},
-            "similarity": {"g": [[1.0, 0.2], [0.2, 1.0]], "h": [[1.0, 0.6], [0.6, 1.0]]},
-            "use": {
-                "a": {"q": [0.5, 0.5], "v": [1.0, 0.0]},
-                "b": {"q": [0.7, 0.3], "v": [0.0, 1.0]},
-            },
-            "scaling": {"q": [0.1, 0.3], "v": [0.4, 0.2]},
-            "merges": [{"step": 3, "family": "q", "layer": 0, "reads": 1}],
+    """Means over modules, groups and pairs of tasks, by hand; and the plain values of each finding."""
+    panels = [
+        Panel("closed", "closed", {"q": 0.5, "v": 0.7}, "closed, %"),
+        Panel("size", "size 1", {"q": 0.1, "v": 0.4}),
+        Panel("size", "size 2", {"q": 0.3, "v": 0.2}),
+    ]
+    pairs = {"g": [[1.0, 0.2], [0.2, 1.0]], "h": [[1.0, 0.6], [0.6, 1.0]]}
+    use = {"a": {"q": [0.5, 0.5], "v": [1.0, 0.0]}, "b": {"q": [0.7, 0.3], "v": [0.0, 1.0]}}
+    findings = [
+        OverLayers("gates", "Gates", panels),
+        Matrices("alike", "Alike", "similarity", pairs),
+        GateUse("use", "Use", "expert", use),
+        Handovers("merges", "Merges", "B", [Handover(3, "q", 0, 1)], {"q": 2}),
+        Fact("warmup", "warm-up", "1 of 2 steps", [1, 2]),
+    ]
+    analysis = Analysis("X", findings=findings).to_dict()
+    assert look_inside(analysis).measures == pytest.approx(
+        {
+            "closed, %": 0.6,
+            "similarity": 0.4,
+            "separation of data sets": (0.2 + 1) / 2,
+            "largest gate, a": 0.75,
+            "largest gate, b": 0.85,
         }
     )
-    assert inside.closed == pytest.approx(0.6)
-    assert inside.negative == pytest.approx(0.5)
-    assert inside.similarity == pytest.approx(0.4)
-    assert inside.concentration == pytest.approx({"a": 0.75, "b": 0.85})
-    assert inside.separation == pytest.approx((0.2 + 1) / 2)
-    assert inside.scaling == pytest.approx([0.35, 0.15])
-    assert inside.merges == [{"step": 3, "family": "q", "layer": 0, "reads": 1}]
+    assert analysis["closed"] == {"q": 0.5, "v": 0.7}
+    assert analysis["size"] == {"q": [0.1, 0.3], "v": [0.4, 0.2]}
+    assert (analysis["alike"], analysis["use"], analysis["warmup"]) == (pairs, use, [1, 2])
+    assert analysis["merges"] == [{"step": 3, "family": "q", "layer": 0, "reads": 1}]
+    with pytest.raises(KeyError, match="gates, alike, use, merges, warmup"):
+        Analysis("X", findings=findings).finding("x")
+
+
+def test_an_analysis_of_an_earlier_version_has_no_measures():
+    """Its spectra count all the same."""
+    old = {key: value for key, value in EMPTY.items() if key != "measures"} | {"closed": {"q": 0.5}, "use": {}}
+    assert look_inside(old | {"spectra": [spectrum([3.0, 1.0], 1.75)]}).first == 0.75
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])

@@ -97,10 +97,10 @@ def test_a_study(room, tmp_path, capsys):
     assert masa["effective_rank"] == pytest.approx(fmean(s["effective_rank"] for s in seen["spectra"]))
     assert masa["first"] == pytest.approx(fmean(s["share_of_first"] for s in seen["spectra"]))
     assert masa["cumulative"][-1] == pytest.approx(1)
-    gates = seen["use"]["reviews"]
-    assert masa["concentration"] == {"reviews": pytest.approx(fmean(map(max, gates.values())))}
-    assert masa["closed"] is None
-    assert all(0 < dual["closed"] < 1 for dual in results["insides"]["dual_lora"])
+    gates = seen["expert_use"]["reviews"]
+    assert masa["measures"]["largest gate, reviews"] == pytest.approx(fmean(map(max, gates.values())))
+    assert masa["measures"].keys() == {"similarity of experts", "largest gate, reviews"}
+    assert all(0 < dual["measures"]["closed gates, %"] < 1 for dual in results["insides"]["dual_lora"])
     assert all(1 <= lora["effective_rank"] <= 3 for lora in results["insides"]["lora"])
 
     # LoRA of r=3 is its own budget; the others come as near as their rank allows.

@@ -15,7 +15,8 @@ from helpers import MERGEABLE, adapted, layers_of, naive_updates
 from loraplex.commands.cli import main
 from loraplex.inspection import spectra as analysis
 from loraplex.inspection.plots import draw
-from loraplex.inspection.spectra import Analysis, Spectrum, analyse, cka
+from loraplex.inspection.spectra import Analysis, Spectrum, analyse
+from loraplex.methods.masa.method import cka
 
 
 def spectrum(*values: float) -> Spectrum:
@@ -66,12 +67,13 @@ def test_gates_and_signs():
     """Counted element by element."""
     model = adapted("dual_lora")
     found = analyse(model)
-    assert found.closed.keys() == found.negative.keys() == {s.module for s in found.spectra}
-    for name, closed in found.closed.items():
+    (closed, negative) = found.finding("gates").panels
+    assert closed.values.keys() == negative.values.keys() == {s.module for s in found.spectra}
+    for name, share in closed.values.items():
         f = layers_of(model)["base_model.model." + name].factors("default")
         is_open = f.lora_B @ f.lora_A > 0
-        assert closed == pytest.approx((~is_open).double().mean().item())
-        assert found.negative[name] == pytest.approx((f.lora_D @ f.lora_C <= 0)[is_open].double().mean().item())
+        assert share == pytest.approx((~is_open).double().mean().item())
+        assert negative.values[name] == pytest.approx((f.lora_D @ f.lora_C <= 0)[is_open].double().mean().item())
 
 
 def test_similarity_of_experts():
@@ -85,14 +87,14 @@ def test_similarity_of_experts():
         (torch.tensor([0, 1]), torch.tensor([1, 0])), torch.tensor(1.0).double()
     ), rtol=1e-5, atol=1e-8)  # fmt: skip
     model = adapted("masa-router")
-    assert set(analyse(model).similarity) == {
+    assert set(analyse(model).finding("expert_similarity").matrices) == {
         layer.factors("default").experts_name for layer in layers_of(model).values()
     }
 
 
 def test_scaling_factors():
     model = adapted("multilora")
-    scaling = analyse(model).scaling
+    scaling = analyse(model).to_dict()["scaling"]
     assert len(scaling) == len(layers_of(model)) > 0
     for name, sizes in scaling.items():
         c = layers_of(model)["base_model.model." + name].factors("default").lora_scaling
@@ -139,8 +141,8 @@ def test_inspect_plots(trained, tmp_path, method, capsys):
     assert {Path(path).name for path in report["plots"]} == names
     assert len(report["analysis"]["spectra"]) == 8
     if method == "masa":
-        assert report["analysis"]["use"].keys() == {"reviews", "more"}
-        for gates in report["analysis"]["use"]["more"].values():
+        assert report["analysis"]["expert_use"].keys() == {"reviews", "more"}
+        for gates in report["analysis"]["expert_use"]["more"].values():
             assert sum(gates) == pytest.approx(1, abs=1e-6)
     assert main(["inspect", str(trained[method]), "--plots", str(tmp_path / "plots")]) == 0
     assert "effective rank" in capsys.readouterr().out
@@ -158,8 +160,10 @@ def test_figures_show_what_they_say(trained, tmp_path):
     from loraplex.recipes.adapters.looking import analyse_adapter
 
     found = analyse_adapter(trained["aslora"], with_data=False)
-    figure = figures._merges(found)
-    for merge in found.merges:
+    merges = found.finding("merges")
+    figure = figures._handovers(merges, found)
+    assert merges.rows
+    for merge in merges.rows:
         panel = next(a for a in figure.axes if a.get_title() == figures.short(merge.family))
         assert any(
             list(line.get_xdata()) == [0, merge.step] and list(line.get_ydata()) == [merge.layer] * 2
@@ -178,4 +182,4 @@ def test_options_that_do_not_fit(trained, capsys):
     assert main(["inspect", str(trained["lora"]), "--with-data"]) == 2
     assert "give --plots DIR" in capsys.readouterr().err
     assert main(["inspect", str(trained["lora"]), "--with-data", "--plots", "x"]) == 2
-    assert "has no router" in capsys.readouterr().err
+    assert "has no gates" in capsys.readouterr().err

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import helpers as h
 from loraplex import to_plain
 from loraplex.commands.cli import main
-from loraplex.methods.masa.calibrate import calibrate
 from loraplex.recipes.adapters import exporting
+from loraplex.tuner.calibration import calibrate
 
 EXACT = ("multilora", "multilora-module", "aslora", "masa-sum", "masa-concat")
 IDS = torch.tensor([[10, 11, 12, 13, 7], [3, 5, 10, 9, 6]])

@@ -521,11 +521,13 @@ def _budget(args: argparse.Namespace, overrides: list[str]) -> int:
     quiet(data=False)
     from loraplex.commands.report import print_budgets
     from loraplex.recipes.config.run_config import parse_overrides
-    from loraplex.recipes.models.budgeting import METHODS, BudgetJob, plan_methods
+    from loraplex.recipes.models.budgeting import BudgetJob, plan_methods
 
-    methods = METHODS if args.methods is None else [method.strip() for method in args.methods.split(",")]
+    chosen: dict[str, Any] = (
+        {} if args.methods is None else {"methods": [method.strip() for method in args.methods.split(",")]}
+    )
     names = ("model", "match", "params", "tokens", "dtype", "task", "autocast")
-    job = BudgetJob(methods=methods, **{name: getattr(args, name) for name in names})
+    job = BudgetJob(**chosen, **{name: getattr(args, name) for name in names})
     report = plan_methods(job, parse_overrides(overrides))
     if args.json:
         _print_json(report.to_dict())

@@ -17,10 +17,11 @@ from loraplex.inspection.describe import Description
 from loraplex.recipes.console import make_console, size_text
 from loraplex.recipes.models.budgeting import STEP_PARTS, BudgetReport, step_parts
 from loraplex.recipes.training.result import Result
+from loraplex.tuner.findings import Fact, Handovers
 
 if TYPE_CHECKING:
     from loraplex.inspection.spectra import Analysis, Spectrum
-    from loraplex.methods.masa.calibrate import Calibration
+    from loraplex.tuner.calibration import Calibration
 
 # Choices of equal length have equal accuracies: one row is enough then.
 _SAME_AS = {"accuracy_norm": "accuracy"}
@@ -110,9 +111,7 @@ def print_description(description: Description, adapter: Path) -> None:
         ("method", f"{description.method}, r {description.r}, lora_alpha {description.lora_alpha:g}"),
         ("trainable parameters", f"{description.parameters:,}{size}"),
     ]
-    if description.warmup:
-        done, total = description.warmup
-        facts.append(("warm-up", f"{done} of {total or 'an unknown number of'} steps"))
+    facts += [(finding.label, finding.text) for finding in description.findings if isinstance(finding, Fact)]
     console.print(_facts(facts))
     if description.modules or description.fully_trained:
         _print_modules(description, console)
@@ -122,11 +121,12 @@ def print_description(description: Description, adapter: Path) -> None:
             shape = " × ".join(map(str, row.shape))
             table.add_row(_dotted(row.family), _short(row.factor), shape, f"{row.parameters:,}", _ranges(row.layers))
         console.print(table)
-    if description.merges:
-        table = _table("Merges", "step", "family", "layer", "now reads B of")
-        for merge in description.merges:
-            table.add_row(str(merge.step), _dotted(merge.family), str(merge.layer), str(merge.reads))
-        console.print(table)
+    for finding in description.findings:
+        if isinstance(finding, Handovers) and finding.rows:
+            table = _table(finding.key.capitalize(), "step", "family", "layer", f"now reads {finding.factor} of")
+            for gone in finding.rows:
+                table.add_row(str(gone.step), _dotted(gone.family), str(gone.layer), str(gone.reads))
+            console.print(table)
 
 
 def _print_modules(description: Description, console: Console) -> None:

@@ -13,7 +13,7 @@ from loraplex.export.base_model import check_base, reading
 from loraplex.export.lora import Rank, export_lora
 from loraplex.export.wish import Wish
 from loraplex.io.reading import message_of
-from loraplex.methods.masa.method import MasaFactors
+from loraplex.tuner.calibration import set_mean_gates
 from loraplex.tuner.config import check_adapter_files
 
 _CLASSES: dict[str | None, Any] = {
@@ -34,7 +34,7 @@ def write_plain(adapter: Path, base: str, wish: Wish, target: Path) -> None:
     check_adapter_files(str(adapter))
     model = load_on_config(adapter, base)
     if wish.mean_gates is not None:
-        _set_gates(model, wish.mean_gates)
+        set_mean_gates(model, wish.mean_gates)
     export_lora(model, target, rank=Rank(wish.exact, wish.rank, wish.max_error))
 
 
@@ -75,16 +75,3 @@ def _task(adapter: Path) -> str | None:
 
     task = PeftConfig.from_pretrained(str(adapter)).task_type
     return None if task is None else str(getattr(task, "value", task))
-
-
-def _set_gates(model: PeftModel, gates: dict[str, list[float]]) -> None:
-    routers = {m.module_name: m for m in model.modules() if isinstance(m, MasaFactors) and m.mixing == "router"}
-    if apart := sorted(set(routers) ^ set(gates)):
-        raise ValueError(
-            f"The mean gates beside the adapter are not those of its modules ({', '.join(apart[:3])}, …): measure them "
-            "again with loraplex export --calibration --remember."
-        )
-    for name, router in routers.items():
-        if len(gates[name]) != router.num_experts:
-            raise ValueError(f"{name} has {router.num_experts} experts, but {len(gates[name])} mean gates.")
-        router.mean_gate = torch.tensor(gates[name])

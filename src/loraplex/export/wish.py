@@ -1,6 +1,7 @@
 """How an adapter wants to become a plain LoRA: `loraplex.json` beside it, written by `loraplex export --remember`.
 
-Dual LoRA needs a rank, and MASA's router mean gates. A server that is handed the folder has nobody to ask.
+An update that has no low rank needs one to be chosen, and gates that depend on the input need their means. A server
+that is handed the folder has nobody to ask.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Wish:
     exact: bool = False
     """The true rank of each update."""
     mean_gates: dict[str, list[float]] | None = None
-    """Of MASA's router: module → mean gate of each expert."""
+    """Of gates that depend on the input: module → mean gate of each part."""
     weights: str | None = None
     """SHA-256 of the weights that the mean gates were measured with; gates of other weights would be wrong."""
 

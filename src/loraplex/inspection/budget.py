@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from typing import Any
@@ -21,12 +21,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from loraplex.methods.aslora import AsLoraFactors, AsLoraShared
-from loraplex.methods.dual_lora.method import DualLoraConfig, DualLoraFactors
-from loraplex.methods.masa.method import MasaFactors
-from loraplex.methods.multilora import MultiLoraFactors
 from loraplex.tuner.config import AdapterConfig, check_count
 from loraplex.tuner.layer import AdapterLinear
+from loraplex.tuner.sharing import SharedFactors, find_bank
 
 _NAME = "default"
 # In the order in which safetensors lays tensors out: by type, then by name.
@@ -46,7 +43,7 @@ class Budget:
     """
 
     method: str
-    """PEFT's type: "MASA", "ASLORA", "DUALLORA", "MULTILORA" or "LORA"."""
+    """PEFT's type, such as "LORA"."""
     settings: dict[str, Any]
     """The config's fields: r, lora_alpha, target_modules, and those that differ from the default."""
     parameters: int
@@ -56,14 +53,14 @@ class Budget:
     file_bytes: int
     """Size of adapter_model.safetensors, header included."""
     merged_file_bytes: int
-    """The same after all of ASLoRA's merges, to a few bytes; equal to `file_bytes` for other methods."""
+    """The same at the end of the method's schedule, to a few bytes, if it merges factors; else `file_bytes`."""
     weight_bytes: int
     """The base model."""
     adapter_bytes: int
     """What the adapter adds to the model; float32 where the base has half precision, as PEFT does it."""
     gradient_bytes: int
     optimizer_bytes: int
-    """AdamW's two moments, and ASLoRA's running averages of B."""
+    """AdamW's two moments, and what the method keeps beside them, such as running averages."""
     activation_bytes: int
     """What the method keeps for backward beyond the frozen model, at most; without gradient checkpointing."""
     excess: int | None = None
@@ -114,10 +111,10 @@ def _measure(model: nn.Module, config: PeftConfig, adapted: PeftModel, tokens: i
         weight_bytes=weights,
         adapter_bytes=_bytes(adapted) - weights,
         gradient_bytes=gradients,
-        optimizer_bytes=2 * gradients + _average_bytes(adapted),
+        optimizer_bytes=2 * gradients + sum(shared.training_bytes() for shared in _shared(adapted)),
         activation_bytes=_activation_bytes(adapted, tokens, autocast),
         file_bytes=file_bytes,
-        merged_file_bytes=_file_bytes(adapted) if _merge_all(adapted) else file_bytes,  # last: it merges
+        merged_file_bytes=_file_bytes(adapted) if _end_schedule(adapted) else file_bytes,  # last: it changes the model
     )
 
 
@@ -131,7 +128,7 @@ def match(model: nn.Module, config: PeftConfig, parameters: int, tokens: int = 4
     """
     _check_planned(config)
     check_count("parameters", parameters)
-    lowest = 1 + (config.r_magnitude or config.r_direction or 1) if isinstance(config, DualLoraConfig) else 1
+    lowest = config.lowest_rank if isinstance(config, AdapterConfig) else 1
     made: dict[int, PeftModel] = {}
 
     def count(r: int) -> int:
@@ -146,7 +143,8 @@ def match(model: nn.Module, config: PeftConfig, parameters: int, tokens: int = 4
         second += second == first
         slope = (count(second) - count(first)) // (second - first)
         if slope == 0:
-            raise ValueError("no rank follows r: leave rank_pattern, r_magnitude or r_direction out to match a budget.")
+            fields = " and ".join(config.rank_fields if isinstance(config, AdapterConfig) else ("rank_pattern",))
+            raise ValueError(f"no rank follows r: leave {fields} out to match a budget.")
         constant = count(first) - slope * first
         r = max(lowest, (parameters - constant + (slope - 1) // 2) // slope)
         assert count(r) == constant + slope * r, "parameters are affine in r"
@@ -206,57 +204,59 @@ def _file_bytes(adapted: PeftModel) -> int:
     return 8 + length + -length % 8 + end
 
 
-def _aslora(adapted: PeftModel) -> AsLoraShared | None:
-    return next((m for m in adapted.modules() if isinstance(m, AsLoraShared)), None)
+def _shared(adapted: PeftModel) -> Iterator[SharedFactors]:
+    bank = find_bank(adapted)
+    yield from () if bank is None else (shared for _, shared in bank.named_shared())
 
 
-def _merge_all(adapted: PeftModel) -> bool:
-    """Let ASLoRA's lowest layers read one B; which layers merge decides training, and the size is the same."""
-    if (shared := _aslora(adapted)) is None:
-        return False
-    for family, mapped in shared.maps.items():
-        shared.maps[family] = [max(layer, shared.num_merges(family)) for layer in mapped]
-    return True
-
-
-def _average_bytes(adapted: PeftModel) -> int:
-    """ASLoRA's B̄: float32, one per B of a family with merges to come."""
-    if (shared := _aslora(adapted)) is None:
-        return 0
-    merging = [family for family in shared.families if shared.num_merges(family) > 0]
-    return sum(4 * shared.B(family, layer).numel() for family in merging for layer in shared.owners(family))
+def _end_schedule(adapted: PeftModel) -> bool:
+    """Whether the adapter has another size at the end of its schedule; it has that size from now on."""
+    return any(shared.end_schedule() for shared in _shared(adapted))
 
 
 def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
-    """What all layers keep: x `(tokens, in)`, and what `_KEPT` says.
+    """What all layers save for backward: x `(tokens, in)`, and what the method says of itself.
 
-    At most: where x is neither cast nor dropped out, the frozen model may keep it already, as attention does o_proj's.
+    At most: where x is neither cast nor dropped out, the frozen model may save it already, as attention does o_proj's.
     """
     total, read = 0, set()
     for name, layer in adapted.named_modules():
-        lora = isinstance(layer, LoraLayer) and _NAME in layer.lora_A  # not on an embedding, which keeps little
-        if not lora and not isinstance(layer, AdapterLinear):
+        if isinstance(layer, LoraLayer) and _NAME in layer.lora_A:  # not on an embedding, which saves little
+            factors: Any = _PeftLora(layer)
+        elif isinstance(layer, AdapterLinear):
+            factors = layer.factors(_NAME)
+        else:
             continue
-        factors: Any = layer if lora else layer.factors(_NAME)
-        A = factors.lora_A[_NAME].weight if lora else factors.lora_A
-        dropout = factors.lora_dropout[_NAME] if lora else factors.dropout
         base = layer.get_base_layer().weight.dtype
-        reference = isinstance(factors, DualLoraFactors) and factors.compute == "reference"  # which casts x itself
-        as_base = not lora and factors.input_dtype is None and not reference
-        dtype = base if as_base else A.dtype
-        s, c = (2, 2) if autocast else (dtype.itemsize, 0)
-        total += _KEPT[LoraLayer if lora else type(factors)](factors, tokens, s, c)
+        dtype = base if factors.takes_input_as_it_is else factors.lora_A.dtype
+        size, copied = (2, 2) if autocast else (dtype.itemsize, 0)
+        total += factors.saved_bytes(tokens, size, copied)
         inputs = tokens * layer.in_features
-        if isinstance(dropout, nn.Dropout):
+        if isinstance(factors.dropout, nn.Dropout):
             # Each draw keeps its result and, on a GPU, a mask of one byte per element.
-            draws = factors.num_experts if isinstance(factors, MasaFactors) and factors.mixing == "sum" else 1
-            total += draws * inputs * (s + 1)
-        elif (autocast and not as_base) or (torch.bfloat16 if autocast else dtype) != base:
-            total += inputs * s  # a cast copy for each module
+            total += factors.dropout_draws * inputs * (size + 1)
+        elif (autocast and not factors.takes_input_as_it_is) or (torch.bfloat16 if autocast else dtype) != base:
+            total += inputs * size  # a cast copy for each module
         elif (source := _source(name)) not in read:
             read.add(source)
-            total += inputs * s
+            total += inputs * size
     return total
+
+
+class _PeftLora:
+    """PEFT's own LoRA on one layer, asked what our methods are asked."""
+
+    takes_input_as_it_is = False
+    dropout_draws = 1
+
+    def __init__(self, layer: Any) -> None:
+        self.lora_A, self.dropout = layer.lora_A[_NAME].weight, layer.lora_dropout[_NAME]
+        self._width = layer.in_features + layer.out_features
+
+    def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:
+        """A x, and the copies that autocast makes of A and B."""
+        rank = len(self.lora_A)
+        return tokens * rank * itemsize + copied * rank * self._width
 
 
 def _source(name: str) -> tuple[str, Any]:
@@ -264,49 +264,3 @@ def _source(name: str) -> tuple[str, Any]:
     parent, _, last = name.rpartition(".")
     stem = re.sub(r"_(proj|lin)$", "", last)
     return parent, next((i for i, stems in enumerate(_READ_TOGETHER) if stem in stems), last)
-
-
-# What a layer keeps from forward to backward beside its input, in bytes; read off the method's forward, and compared
-# with what autograd saves in tests/test_budget.py. T tokens; s bytes per element that is computed with; c bytes per
-# element of a factor that autocast makes a copy of (0 without autocast). Parameters themselves are counted elsewhere.
-
-
-def _kept_lora(layer: Any, T: int, s: int, c: int) -> int:
-    r = layer.r[_NAME]
-    return T * r * s + c * r * (layer.in_features + layer.out_features)  # A x
-
-
-def _kept_multilora(f: MultiLoraFactors, T: int, s: int, c: int) -> int:
-    R = f.num_modules * f.r
-    # A x, [c₁ ⊙ B₁, …, cₙ ⊙ Bₙ]·α/r, and c·α/r
-    return T * R * s + f.out_features * R * s + f.lora_scaling.nbytes + c * R * f.in_features
-
-
-def _kept_aslora(f: AsLoraFactors, T: int, s: int, c: int) -> int:
-    return T * f.r * s + c * f.r * (f.in_features + f.out_features)  # A x
-
-
-def _kept_dual_lora(f: DualLoraFactors, T: int, s: int, c: int) -> int:
-    if f.compute != "reference":
-        return 4 + 8 * (s == 2)  # the scale, and the seed of its rounding
-    # In float32, under autocast too: ReLU(BA), the same scaled, Sign(DC); and ΔW as it is computed with.
-    return f.out_features * f.in_features * (3 * 4 + s)
-
-
-def _kept_masa(f: MasaFactors, T: int, s: int, c: int) -> int:
-    n, r, i, o = f.num_experts, f.r, f.in_features, f.out_features
-    if f.mixing == "concat":
-        return T * n * r * s + c * n * r * (i + o)  # [A₁ x; …; Aₙ x]
-    if f.mixing == "sum":
-        return T * r * s + r * i * s + c * r * o  # Σᵢ Aᵢ x and Σᵢ Aᵢ
-    # Aᵢ x and their logits, the gates, and their mixture; [α/r · A; R]
-    return T * (n * r + 2 * n + r) * s + n * (r + 1) * i * s + c * r * o
-
-
-_KEPT: dict[type, Callable[[Any, int, int, int], int]] = {
-    LoraLayer: _kept_lora,
-    MultiLoraFactors: _kept_multilora,
-    AsLoraFactors: _kept_aslora,
-    DualLoraFactors: _kept_dual_lora,
-    MasaFactors: _kept_masa,
-}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
-import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from loraplex.export.lora_format import read_lora
 from loraplex.export.plain_settings import check_plain
 from loraplex.io.field_types import shown
-from loraplex.methods.aslora import check_merges
-from loraplex.methods.dual_lora.method import check_warmup
 from loraplex.numerics.lowrank import svd_of_product
 from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.findings import Finding, as_dict, find
 from loraplex.tuner.sharing import role
 
 _ROOT = "base_model.model."
@@ -56,16 +54,6 @@ class SharedRow:
     """Which layers of the family read it, counted from 0 in order of depth."""
 
 
-@dataclass(frozen=True)
-class Merge:
-    """One of ASLoRA's merges: at `step`, `layer` gave up its B; it reads the B of `reads` now."""
-
-    step: int
-    family: str
-    layer: int
-    reads: int
-
-
 @dataclass
 class Description:
     """An adapter at a glance."""
@@ -79,17 +67,22 @@ class Description:
     file_bytes: int | None = None
     modules: list[ModuleRow] = field(default_factory=list)
     shared: list[SharedRow] = field(default_factory=list)
-    merges: list[Merge] = field(default_factory=list)
-    warmup: tuple[int, int] | None = None
-    """Dual LoRA: warm-up steps done, and steps in all (0: not known yet)."""
+    findings: list[Finding] = field(default_factory=list)
+    """What the method tells of the adapter's schedule."""
     fully_trained: dict[str, int] = field(default_factory=dict)
     """Modules and biases that are trained and saved in full → parameters."""
     against: dict[str, float] = field(default_factory=dict)
     """Of an exported LoRA: module → relative error against the adapter it came from."""
 
+    def finding(self, key: str) -> Any:
+        """What the method tells under this key, such as "merges"; a KeyError lists the keys that there are."""
+        return find(self.findings, key)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; each finding under its own key."""
+        plain = asdict(replace(self, findings=[]))
+        del plain["findings"]
+        return plain | as_dict(self.findings)
 
 
 def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "default") -> Description:
@@ -172,59 +165,20 @@ def _by_depth(item: tuple[str, Any]) -> list[tuple[int, str]]:
 
 
 def _add_shared(description: Description, shared: dict[str, Tensor], config: dict[str, Any]) -> None:
-    for name, tensor in shared.items():
-        family, _, factor = name.rpartition("__")
-        if factor in ("merges", "warmup"):
-            _check_state(name, factor, tensor)
-        if factor == "merges":
-            description.merges += [
-                Merge(step, family, layer, int(tensor[0, layer]))
-                for layer, step in enumerate(tensor[1, :-1].tolist())  # the last: see AsLoraShared
-                if step
-            ]
-        elif factor == "warmup":
-            description.warmup = (int(tensor[0]), int(tensor[1]))
-    description.merges.sort(key=lambda merge: (merge.step, merge.family))
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(description.method)  # type: ignore[call-overload]
+    kind = cls.shared_cls if cls is not None and issubclass(cls, AdapterConfig) else None
+    if kind is None:
+        return
+    description.findings = kind.stored_findings(shared)
+    depths = Counter(role(row.module, config.get("layers_pattern")) for row in description.modules)
     for name, tensor in shared.items():
         family, _, factor = name.rpartition("__")
         if factor.startswith("lora_"):
-            layers = _readers(family, factor, shared, description, config)
-            row = SharedRow(family, factor, list(tensor.shape), tensor.numel(), layers)
-            description.shared.append(row)
+            layers = kind.stored_readers(config, shared, family, factor, depths[family])
+            if layers is None:
+                raise ValueError(
+                    f"The adapter's weights hold {shown(name)}, but nothing that says which layers read it: the file "
+                    "is broken; copy or download the adapter again."
+                )
+            description.shared.append(SharedRow(family, factor, list(tensor.shape), tensor.numel(), layers))
     description.shared.sort(key=lambda row: (row.family, row.factor[:6], row.layers))
-
-
-def _check_state(name: str, factor: str, state: Tensor) -> None:
-    """Raise a ValueError unless `state` is one that a schedule can be in."""
-    fits = state.ndim == 2 and len(state) == 2 and state.numel() > 0 if factor == "merges" else state.shape == (2,)
-    if state.dtype != torch.int64 or not fits:
-        raise ValueError(
-            f"{shown(name)} is {state.dtype} {tuple(state.shape)} in the adapter's weights, which no {factor} can be: "
-            "the file is broken; copy or download the adapter again."
-        )
-    if factor == "merges":
-        check_merges(name, state)
-    else:
-        check_warmup(state)
-
-
-def _readers(
-    family: str, factor: str, shared: dict[str, Tensor], description: Description, config: dict[str, Any]
-) -> list[int]:
-    """Layers of `family` that read `factor`."""
-    merges = shared.get(f"{family}__merges")
-    if merges is not None:
-        owner = factor.rpartition("_")[2]
-        mapped = merges[0].tolist()
-        return [layer for layer, m in enumerate(mapped) if not owner.isdigit() or m == int(owner)]
-    group = factor.rpartition("_")[2]
-    if not config.get("num_experts") or not re.fullmatch(r"\d{1,6}", group, re.ASCII):
-        raise ValueError(
-            f"The adapter's weights hold {shown(f'{family}__{factor}')}, but nothing that says which layers read it: "
-            "the file is broken; copy or download the adapter again."
-        )
-    # MASA: groups of adjacent layers of the family.
-    depth = sum(role(row.module, config.get("layers_pattern")) == family for row in description.modules)
-    size = config["share_layers"] or config["num_experts"]
-    start = int(group) * size
-    return list(range(start, min(start + size, depth)))

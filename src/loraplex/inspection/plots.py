@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from loraplex.inspection.spectra import Analysis, Spectrum
 from loraplex.io.reading import printable
+from loraplex.tuner.findings import Finding, GateUse, Handovers, Matrices, OverLayers
 
 _MARKERS = "osD^vP*X<>"
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -22,20 +23,17 @@ _MOST_PANELS = 12
 
 @rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write the figures that the adapter's method has something for; returns their paths."""
-    figures: dict[str, Callable[[Analysis], Figure | None]] = {
-        "spectra": _spectra,
-        "rank_by_depth": _rank_by_depth,
-        "merges": _merges,
-        "gates": _gates,
-        "scaling": _scaling,
-        "expert_similarity": _similarity,
-        "expert_use": _use,
-    }
+    """Write a figure of the spectra, one over the layers, and one of each finding that can be drawn.
+
+    Returns:
+        The files' paths.
+    """
+    figures = {"spectra": _spectra(analysis), "rank_by_depth": _rank_by_depth(analysis)}
+    figures |= {f.key: _DRAWN[type(f)](f, analysis) for f in analysis.findings if type(f) in _DRAWN}
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, make in figures.items():
-        if (figure := make(analysis)) is not None:
+    for name, figure in figures.items():
+        if figure is not None:
             path = folder / f"{name}.png"
             temporary = folder / f".{name}.{os.getpid()}.tmp"
             FigureCanvasAgg(figure)
@@ -121,110 +119,95 @@ def _rank_by_depth(analysis: Analysis) -> Figure | None:
     return figure
 
 
-def _merges(analysis: Analysis) -> Figure | None:
-    """Per family: each layer is a line until its B is merged into another's; the arrow says whose."""
-    if not analysis.merges:
+def _handovers(finding: Handovers, analysis: Analysis) -> Figure | None:
+    """Per family: each layer is a line until it gives up its factor; the arrow says whose it reads then."""
+    if not finding.rows:
         return None
-    families = list(dict.fromkeys(merge.family for merge in analysis.merges))[:_MOST_PANELS]
-    last = max(merge.step for merge in analysis.merges)
-    end = last * 1.08 + 1
+    families = list(dict.fromkeys(row.family for row in finding.rows))[:_MOST_PANELS]
+    end = max(row.step for row in finding.rows) * 1.08 + 1
     figure, axes = _panels(len(families), height=3.4, columns=3)
     for family, panel in zip(families, axes, strict=True):
-        merges = {merge.layer: merge for merge in analysis.merges if merge.family == family}
-        layers = analysis.layers.get(family, max(merges) + 1)
+        gone = {row.layer: row for row in finding.rows if row.family == family}
+        layers = finding.layers[family]
         for layer in range(layers):
-            merge = merges.get(layer)
-            stop = end if merge is None else merge.step
-            panel.plot([0, stop], [layer, layer], color="black", linewidth=1.4 if merge is None else 0.8)
-            if merge is not None:
+            row = gone.get(layer)
+            stop = end if row is None else row.step
+            panel.plot([0, stop], [layer, layer], color="black", linewidth=1.4 if row is None else 0.8)
+            if row is not None:
                 panel.plot([stop, end], [layer, layer], color="0.75", linewidth=0.8, linestyle=":")
                 arrow = {"arrowstyle": "->", "color": "black", "linewidth": 0.8}
-                panel.annotate("", (merge.step, merge.reads), (merge.step, layer), arrowprops=arrow)
+                panel.annotate("", (row.step, row.reads), (row.step, layer), arrowprops=arrow)
         panel.set(xlabel="step", ylabel="layer", xlim=(0, end), ylim=(-0.7, layers - 0.3))
         panel.set_title(short(family), fontsize="medium")
-    figure.suptitle("ASLoRA: merges of B, → whose is read")
+    figure.suptitle(f"{finding.title}, → whose is read")
     return figure
 
 
-def _over_layers(figure: Figure, panels: list[Axes], parts: dict[str, dict[str, float]], analysis: Analysis) -> None:
+def _over_layers(finding: OverLayers, analysis: Analysis) -> Figure | None:
+    """One panel per number: its value on each module, over the layers."""
+    figure, axes = _panels(len(finding.panels), width=4.2 if len(finding.panels) < 3 else 3.4, height=3.2)
     where = {s.module: s for s in analysis.spectra}
-    for panel, (label, values) in zip(panels, parts.items(), strict=True):
+    for panel, axis in zip(finding.panels, axes, strict=True):
         roles: dict[str, list[tuple[int, float]]] = {}
-        for module, value in values.items():
+        for module, value in panel.values.items():
             roles.setdefault(where[module].role, []).append((where[module].depth, value))
         for number, (role, points) in enumerate(roles.items()):
-            _lines(panel, number, short(role), sorted(points))
-        panel.set(xlabel="layer", ylabel=label, ylim=(0, None))
-    _grids(panels)
-    panels[0].legend(frameon=False, fontsize="small")
-
-
-def _gates(analysis: Analysis) -> Figure | None:
-    """Dual LoRA: closed gates and negative signs over the layers."""
-    if not analysis.closed:
-        return None
-    figure, axes = _panels(2, width=4.2, height=3.2)
-    parts = {"share of closed gates (BA ≤ 0)": analysis.closed, "negative share of open gates": analysis.negative}
-    _over_layers(figure, axes, parts, analysis)
-    for panel in axes:
-        panel.set_ylim(0, 1)
-    figure.suptitle("Dual LoRA: gates and signs")
+            _lines(axis, number, short(role), sorted(points))
+        axis.set(xlabel="layer", ylabel=panel.label, ylim=(0, None))
+    top = finding.top or max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, top)
+    _grids(axes)
+    axes[0].legend(frameon=False, fontsize="small")
+    figure.suptitle(finding.title)
     return figure
 
 
-def _scaling(analysis: Analysis) -> Figure | None:
-    """MultiLoRA: the size of each module's scaling factors over the layers."""
-    if not analysis.scaling:
+def _matrices(finding: Matrices, analysis: Analysis) -> Figure | None:
+    """The matrices as grey tables, a panel each."""
+    if not finding.matrices:
         return None
-    count = len(next(iter(analysis.scaling.values())))
-    figure, axes = _panels(count)
-    parts = {f"mean |c| of module {i + 1}": {m: c[i] for m, c in analysis.scaling.items()} for i in range(count)}
-    _over_layers(figure, axes, parts, analysis)
-    top = max(panel.get_ylim()[1] for panel in axes)
-    for panel in axes:
-        panel.set_ylim(0, top)
-    figure.suptitle("MultiLoRA: scaling factors")
-    return figure
-
-
-def _similarity(analysis: Analysis) -> Figure | None:
-    """MASA: similarity of the experts of each group."""
-    if not analysis.similarity:
-        return None
-    groups = dict(list(analysis.similarity.items())[:_MOST_PANELS])
-    figure, axes = _panels(len(groups), width=2.6, height=2.5)
-    for (name, matrix), panel in zip(groups.items(), axes, strict=True):
+    drawn = dict(list(finding.matrices.items())[:_MOST_PANELS])
+    figure, axes = _panels(len(drawn), width=2.6, height=2.5)
+    for (name, matrix), panel in zip(drawn.items(), axes, strict=True):
         panel.imshow(matrix, cmap="Greys", vmin=0, vmax=1)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
                 panel.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
-        family, _, factor = name.rpartition("__lora_A_")
-        panel.set_title(f"{short(family)}, group {factor}", fontsize="small")
+        panel.set_title(short(finding.labels.get(name, name)), fontsize="small")
         panel.set_xticks(range(len(matrix)), [str(i + 1) for i in range(len(matrix))])
         panel.set_yticks(range(len(matrix)), [str(i + 1) for i in range(len(matrix))])
-    hidden = len(analysis.similarity) - len(groups)
-    figure.suptitle(f"MASA: linear CKA between experts{f' ({hidden} more groups not drawn)' if hidden else ''}")
+    hidden = len(finding.matrices) - len(drawn)
+    figure.suptitle(f"{finding.title}{f' ({hidden} more groups not drawn)' if hidden else ''}")
     return figure
 
 
-def _use(analysis: Analysis) -> Figure | None:
-    """MASA's router: mean gate of each expert on each task, over the layers."""
-    if not analysis.use:
+def _gate_use(finding: GateUse, analysis: Analysis) -> Figure | None:
+    """One panel per part: its mean gate on each task, over the layers."""
+    if not finding.use:
         return None
-    experts = len(next(iter(next(iter(analysis.use.values())).values())))
-    figure, axes = _panels(experts)
+    parts = len(next(iter(next(iter(finding.use.values())).values())))
+    figure, axes = _panels(parts)
     where = {s.module: s.depth for s in analysis.spectra}
-    for expert, panel in enumerate(axes):
-        for number, (task, gates) in enumerate(analysis.use.items()):
+    for part, panel in enumerate(axes):
+        for number, (task, gates) in enumerate(finding.use.items()):
             depths: dict[int, list[float]] = {}
             for module, gate in gates.items():
-                depths.setdefault(where[module], []).append(gate[expert])
+                depths.setdefault(where[module], []).append(gate[part])
             _lines(panel, number, task, [(depth, sum(v) / len(v)) for depth, v in sorted(depths.items())])
-        panel.set(xlabel="layer", ylabel=f"mean gate of expert {expert + 1}", ylim=(0, 1))
+        panel.set(xlabel="layer", ylabel=f"mean gate of {finding.part} {part + 1}", ylim=(0, 1))
     _grids(axes)
     axes[0].legend(frameon=False, fontsize="small")
-    figure.suptitle("MASA: which experts each task uses")
+    figure.suptitle(finding.title)
     return figure
+
+
+_DRAWN: dict[type[Finding], Callable[[Any, Analysis], Figure | None]] = {
+    Handovers: _handovers,
+    OverLayers: _over_layers,
+    Matrices: _matrices,
+    GateUse: _gate_use,
+}
 
 
 def _grids(axes: Iterable[Axes]) -> None:

@@ -12,14 +12,11 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from loraplex.export.lora_format import read_lora
-from loraplex.inspection.describe import Merge, describe
-from loraplex.methods.dual_lora.method import DualLoraFactors
-from loraplex.methods.masa.calibrate import expert_use
-from loraplex.methods.masa.method import MasaFactors
-from loraplex.methods.multilora import MultiLoraFactors
-from loraplex.numerics.lowrank import randomized_svd, row_tiles, svd_of_product
-from loraplex.numerics.products import product
-from loraplex.tuner.layer import wide
+from loraplex.inspection.describe import describe
+from loraplex.numerics.lowrank import randomized_svd, svd_of_product
+from loraplex.tuner.calibration import gate_use
+from loraplex.tuner.findings import Finding, as_dict, find
+from loraplex.tuner.layer import Factors
 from loraplex.tuner.sharing import layer_depth, role
 from loraplex.tuner.updates import PlainLora, Update, adapted
 
@@ -60,31 +57,24 @@ class Spectrum:
 
 @dataclass
 class Analysis:
-    """An adapter's inner life; what its method has not is empty."""
+    """What an adapter has learned."""
 
     method: str
     spectra: list[Spectrum] = field(default_factory=list)
-    merges: list[Merge] = field(default_factory=list)
-    """ASLoRA's."""
-    layers: dict[str, int] = field(default_factory=dict)
-    """ASLoRA: family → number of its layers."""
-    closed: dict[str, float] = field(default_factory=dict)
-    """Dual LoRA: module → share of ΔW that is zero, where B A ≤ 0."""
-    negative: dict[str, float] = field(default_factory=dict)
-    """Dual LoRA: module → share of the open gates whose sign is negative."""
-    scaling: dict[str, list[float]] = field(default_factory=dict)
-    """MultiLoRA: module → mean |cᵢ| of each of its n modules."""
-    similarity: dict[str, list[list[float]]] = field(default_factory=dict)
-    """MASA: group of layers → linear CKA between its experts' row spaces."""
-    use: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """MASA's router: task → module → mean gate of each expert. Filled in by `add_expert_use`."""
+    findings: list[Finding] = field(default_factory=list)
+    """What is particular to the method."""
+
+    def finding(self, key: str) -> Any:
+        """What the method tells under this key, such as "merges"; a KeyError lists the keys that there are."""
+        return find(self.findings, key)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        plain = asdict(self)
+        """Plain values, for JSON; each finding under its own key, and the numbers for tables under "measures"."""
+        plain: dict[str, Any] = {"method": self.method, "spectra": [asdict(spectrum) for spectrum in self.spectra]}
         for row, spectrum in zip(plain["spectra"], self.spectra, strict=True):
             row |= {"effective_rank": spectrum.effective_rank, "share_of_first": spectrum.share(1)}
-        return plain
+        measures = {name: value for finding in self.findings for name, value in finding.measures().items()}
+        return plain | as_dict(self.findings) | {"measures": measures}
 
 
 @torch.no_grad()
@@ -99,34 +89,29 @@ def analyse(model: nn.Module, adapter_name: str = "default") -> Analysis:
         ValueError: the model has no such adapter, or it is of another kind.
     """
     description = describe(model, adapter_name)
-    found = Analysis(description.method, merges=description.merges)
-    for _, update in adapted(model, adapter_name, mergeable=False):
-        name = update.module_name
+    found = Analysis(description.method, findings=list(description.findings))
+    updates = [update for _, update in adapted(model, adapter_name, mergeable=False)]
+    for update in updates:
         if isinstance(update, PlainLora):
             update.check_mergeable()
         found.spectra.append(_spectrum(update))
-        if isinstance(update, DualLoraFactors):
-            found.closed[name], found.negative[name] = _gates(update)
-        elif isinstance(update, MultiLoraFactors):
-            found.scaling[name] = update.lora_scaling.float().abs().mean(1).tolist()
-        elif isinstance(update, MasaFactors) and update.experts_name not in found.similarity:
-            found.similarity[update.experts_name] = cka(update.experts()).tolist()
-    if found.merges:
-        for row in description.shared:
-            found.layers[row.family] = max(found.layers.get(row.family, 0), *(layer + 1 for layer in row.layers))
+    layers = [update for update in updates if isinstance(update, Factors)]
+    if layers:
+        found.findings += type(layers[0]).findings(layers)
     return found
 
 
-def add_expert_use(analysis: Analysis, model: nn.Module, batches: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
-    """Run a MASA router's model on each task's batches and note which experts the gates choose.
+def add_gate_use(analysis: Analysis, model: nn.Module, batches: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+    """Run the model on each task's batches and note what its gates, which depend on the input, choose.
 
     Args:
         analysis: of `analyse`.
         model: with its base weights.
         batches: task → inputs for `model(**batch)`.
     """
-    for task, inputs in batches.items():
-        analysis.use[task] = expert_use(model, inputs)
+    use = {task: gate_use(model, inputs) for task, inputs in batches.items()}
+    gated = next(m for m in model.modules() if isinstance(m, Factors) and m.depends_on_input)
+    analysis.findings += gated.gate_findings(use)
 
 
 def analyse_lora(folder: str) -> Analysis:
@@ -150,9 +135,10 @@ def _of_factors(place: dict[str, Any], A: Tensor, B: Tensor, note: str = "") -> 
 
 def _spectrum(update: Update) -> Spectrum:
     place = _place(update.module_name)
-    if isinstance(update, MasaFactors) and update.mixing == "router" and update.mean_gate is None:
-        A = wide(update.experts()).mean(0)
-        return _of_factors(place, A, update.scaling * wide(update.lora_B), "all gates equal")
+    if isinstance(update, Factors) and update.depends_on_input and update.mean_gate is None:
+        form = update.mean_form()
+        assert form is not None, "a method with gates writes mean_form"
+        return _of_factors(place, *form, "all gates equal")
     if (form := update.lora_form()) is not None:
         return _of_factors(place, *form)
     if min(update.out_features, update.in_features) <= EXACT_SIZE:
@@ -164,26 +150,3 @@ def _spectrum(update: Update) -> Spectrum:
     svd = randomized_svd(update.delta_weight, update.out_features, update.in_features, LEADING)
     note = f"the first {LEADING} of {min(update.out_features, update.in_features)}"
     return Spectrum(values=svd.S.tolist(), norm=svd.norm, note=note, **place)
-
-
-def _gates(factors: DualLoraFactors) -> tuple[float, float]:
-    """Share of ΔW where ReLU(BA) is zero; share of negative signs among the rest."""
-    A, B, C, D = map(wide, (factors.lora_A, factors.lora_B, factors.lora_C, factors.lora_D))
-    opened = negative = 0
-    for rows in row_tiles(factors.out_features, factors.in_features):
-        is_open = product(B[rows], A) > 0
-        opened += int(is_open.sum())
-        negative += int((is_open & ~(product(D[rows], C) > 0)).sum())
-    return 1 - opened / (factors.out_features * factors.in_features), negative / opened if opened else 0.0
-
-
-def cka(experts: Tensor) -> Tensor:
-    """Linear CKA between the experts Aᵢ `(n, r, in)`, without centring: ‖Aᵢ Aⱼᵀ‖² / (‖Aᵢ Aᵢᵀ‖ ‖Aⱼ Aⱼᵀ‖).
-
-    1 where two experts read the same directions with the same weights, 0 where theirs are orthogonal (Kornblith et
-    al. 2019).
-    """
-    A = experts.double()
-    cross = torch.einsum("iak,jbk->ijab", A, A).square().sum((-1, -2))
-    own = cross.diagonal().sqrt()
-    return cross / (own[:, None] * own[None, :]).clamp(min=1e-300)

@@ -7,10 +7,10 @@ from loraplex.methods.multilora import MultiLoraConfig, MultiLoraModel
 from loraplex.tuner.entry_points import guard_entry_points
 from loraplex.tuner.registry import register
 
-register(MultiLoraConfig, MultiLoraModel)
+register(MasaConfig, MasaModel)
 register(AsLoraConfig, AsLoraModel)
 register(DualLoraConfig, DualLoraModel)
-register(MasaConfig, MasaModel)
+register(MultiLoraConfig, MultiLoraModel)
 guard_entry_points()
 
 __all__ = ["AsLoraConfig", "DualLoraConfig", "MasaConfig", "MultiLoraConfig"]

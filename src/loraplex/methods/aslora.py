@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any, ClassVar
@@ -23,10 +23,11 @@ from torch.nn.functional import linear
 
 from loraplex.runtime.parallel import part, whole
 from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
+from loraplex.tuner.findings import Finding, Handover, Handovers
 from loraplex.tuner.layer import Factors, kaiming_, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.schedule import Scheduled, StateOf
-from loraplex.tuner.sharing import Member, read, select
+from loraplex.tuner.sharing import Member, check_stored, read, select
 
 logger = logging.getLogger(__name__)
 
@@ -376,8 +377,44 @@ class AsLoraShared(Scheduled):
                         # Nothing reads it; the parameters of a run must not change in number.
                         state.setdefault(f"{prefix}{family}__lora_B_{layer}", B)
 
-    def check_buffer(self, name: str, value: Tensor) -> None:
+    @classmethod
+    def check_buffer(cls, name: str, value: Tensor) -> None:
         check_merges(name, value)
+
+    @classmethod
+    def stored_readers(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
+    ) -> list[int] | None:
+        if (merges := tensors.get(f"{family}__merges")) is None:
+            return None
+        owner = factor.rpartition("_")[2]  # of a B: lora_B_3; all layers read A
+        return [layer for layer, m in enumerate(merges[0].tolist()) if not owner.isdigit() or m == int(owner)]
+
+    @classmethod
+    def stored_findings(cls, tensors: Mapping[str, Tensor]) -> list[Finding]:
+        rows, layers = [], {}
+        for name, merges in tensors.items():
+            family, _, factor = name.rpartition("__")
+            if factor != "merges":
+                continue
+            check_stored(name, merges, merges.ndim == 2 and len(merges) == 2 and merges.numel() > 0)
+            check_merges(name, merges)
+            mapped, (*steps, _) = merges.tolist()  # the last is the number of averaged steps
+            layers[family] = len(mapped)
+            rows += [Handover(step, family, layer, mapped[layer]) for layer, step in enumerate(steps) if step]
+        rows.sort(key=lambda row: (row.step, row.family))
+        return [Handovers("merges", "ASLoRA: merges of B", "B", rows, layers)] if layers else []
+
+    def training_bytes(self) -> int:
+        """B̄: float32, one per B of a family with merges to come."""
+        merging = [family for family in self.families if self.num_merges(family) > 0]
+        return sum(4 * self.B(family, layer).numel() for family in merging for layer in self.owners(family))
+
+    def end_schedule(self) -> bool:
+        # The lowest layers read one B. Which layers merge decides training, and the size is the same.
+        for family, mapped in self.maps.items():
+            self.maps[family] = [max(layer, self.num_merges(family)) for layer in mapped]
+        return True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -497,7 +534,8 @@ class AsLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "ASLORA"
-    title: ClassVar[str] = "ASLoRA (arXiv 2412.10135)"
+    title: ClassVar[str] = "ASLoRA"
+    source: ClassVar[str] = "arXiv 2412.10135"
     factors_cls: ClassVar[type] = AsLoraFactors
     shared_cls: ClassVar[type] = AsLoraShared
 

@@ -6,6 +6,7 @@ scaling cᵢ is, so that training starts at the base model while no module depen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
+from loraplex.tuner.findings import Finding, OverLayers, Panel
 from loraplex.tuner.layer import Factors, kaiming_, wide
 from loraplex.tuner.model import AdapterModel
 
 
 class MultiLoraFactors(Factors):
     """A (n·r, in) and B (out, n·r) hold the n modules side by side: one pair of GEMMs instead of n."""
+
+    no_decay: ClassVar[tuple[str, ...]] = ("lora_scaling",)
+    """It starts at zero and is a gate: weight decay would pull the whole update back to nothing."""
 
     def add_parameters(self, config: MultiLoraConfig) -> None:  # type: ignore[override]
         n, r = config.num_modules, self.r
@@ -44,6 +49,22 @@ class MultiLoraFactors(Factors):
         B = self._scaled(self.lora_B, self.lora_scaling)
         return linear(linear(self.dropout(x), self.lora_A), B)
 
+    @classmethod
+    def findings(cls, layers: Sequence[MultiLoraFactors]) -> list[Finding]:
+        means = {layer.module_name: layer.lora_scaling.float().abs().mean(1).tolist() for layer in layers}
+        count = max(map(len, means.values()))
+        panels = [
+            Panel("scaling", f"mean |c| of module {i + 1}", {m: c[i] for m, c in means.items() if i < len(c)})
+            for i in range(count)
+        ]
+        return [OverLayers("scaling", "MultiLoRA: scaling factors", panels)]
+
+    def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:
+        R = self.num_modules * self.r
+        # A x, [c₁ ⊙ B₁, …, cₙ ⊙ Bₙ]·α/r, and c·α/r
+        scaled = self.out_features * R * itemsize + self.lora_scaling.nbytes
+        return tokens * R * itemsize + scaled + copied * R * self.in_features
+
     def _scaled(self, B: Tensor, c: Tensor) -> Tensor:
         """[c₁ ⊙ B₁, …, cₙ ⊙ Bₙ] · α/r, `(out, n·r)`."""
         B = B.view(self.out_features, self.num_modules, self.r)
@@ -55,7 +76,8 @@ class MultiLoraConfig(AdapterConfig):
     """Settings of MultiLoRA (arXiv 2311.11501). Trainable per module: n·r·(in + out) + n·out ("channel")."""
 
     method: ClassVar[str] = "MULTILORA"
-    title: ClassVar[str] = "MultiLoRA (arXiv 2311.11501)"
+    title: ClassVar[str] = "MultiLoRA"
+    source: ClassVar[str] = "arXiv 2311.11501"
     factors_cls: ClassVar[type] = MultiLoraFactors
     shared_cls: ClassVar[None] = None
 

@@ -113,21 +113,17 @@ def inside_table(result: TaskResult) -> Table | None:
         "first": ("share of σ₁, %", "%"),
         "top": (f"of the first {TOP}, %", "%"),
         "norm": ("‖ΔW‖", "{:.3g}"),
-        "closed": ("closed gates, %", "%"),
-        "negative": ("negative signs, %", "%"),
-        "similarity": ("similarity of experts", "{:.2f}"),
-        "separation": ("separation of data sets", "{:.3f}"),
     }
     insides = result.insides
     known = [name for name in columns if any(getattr(i, name) is not None for seeds in insides.values() for i in seeds)]
-    data = list(dict.fromkeys(name for seeds in insides.values() for i in seeds for name in i.concentration))
+    measures = list(dict.fromkeys(name for seeds in insides.values() for i in seeds for name in i.measures))
     if not known:
         return None
-    head = ["method", *(columns[name][0] for name in known), *(f"largest gate, {name}" for name in data)]
+    head = ["method", *(columns[name][0] for name in known), *measures]
     rows = []
     for method, seeds in insides.items():
         cells = [_spread([getattr(i, name) for i in seeds], columns[name][1]) for name in known]
-        cells += [_spread([i.concentration.get(name) for i in seeds], "{:.2f}") for name in data]
+        cells += [_spread([i.measures.get(m) for i in seeds], "%" if m.endswith("%") else "{:.3f}") for m in measures]
         if any(cells):
             rows.append([method, *cells])
     return head, rows

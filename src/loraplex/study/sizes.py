@@ -10,8 +10,8 @@ from peft import PeftConfig
 from torch import nn
 
 from loraplex.inspection.budget import count, match
-from loraplex.recipes.config.arguments import adapter_config, config_class
-from loraplex.recipes.config.run_config import METHODS, ConfigError, RunConfig
+from loraplex.recipes.config.arguments import adapter_config, config_class, plannable
+from loraplex.recipes.config.run_config import ConfigError, RunConfig
 from loraplex.recipes.models.budgeting import parse_match, parse_parameters
 from loraplex.study.config import MethodEntry, StudyConfig
 
@@ -94,7 +94,7 @@ def _solve(
     first = getattr(config(), entry.size)
     if not isinstance(first, int) or isinstance(first, bool) or first < 1:
         raise ValueError(f"{entry.size} is {first!r}, not a number to start from: give it under adapter")
-    if entry.size == "r" and entry.method in METHODS:
+    if entry.size == "r" and plannable(entry.method):
         size = match(skeleton, config(), target).settings["r"]
     else:
         size = nearest_size(lambda value: count(skeleton, config(value)), target, first)

@@ -39,11 +39,16 @@ class AdapterConfig(PeftConfig):
     method: ClassVar[str]
     """Name of the PEFT type, for example "MASA"."""
     title: ClassVar[str]
-    """Name and source of the method, for people."""
+    """Name of the method, for people."""
+    source: ClassVar[str]
+    """Where its equation comes from, for people."""
     factors_cls: ClassVar[type[Any]]
     """The method's `Factors`."""
     shared_cls: ClassVar[type[Any] | None]
     """The method's `SharedFactors`, or None."""
+
+    rank_fields: ClassVar[tuple[str, ...]] = ("rank_pattern",)
+    """Fields beside r that say what the ranks are."""
 
     r: int = 8
     """Rank of the factors."""
@@ -136,15 +141,35 @@ class AdapterConfig(PeftConfig):
         for pattern in self.modules_to_save or []:
             check_pattern("modules_to_save", pattern, r"(^|.*\.){}($|\..*)")
 
+    @classmethod
+    def run_name(cls) -> str:
+        """What run files and the command line call the method."""
+        return cls.method.lower()
+
     @property
     def shares_across_layers(self) -> bool:
-        """Whether layers read factors of other layers (MASA, ASLoRA)."""
+        """Whether layers read factors of other layers."""
         return False
 
     @property
     def parts(self) -> int:
-        """How many factors of rank r lie side by side in one tensor (MASA's experts, MultiLoRA's modules)."""
+        """How many factors of rank r lie side by side in one tensor, such as a layer's experts."""
         return 1
+
+    @property
+    def lowest_rank(self) -> int:
+        """The smallest r that goes with the other settings."""
+        return 1
+
+    @property
+    def depends_on_input(self) -> bool:
+        """Whether ΔW depends on the input through `Factors.gates`, so that it is exported with mean gates only."""
+        return False
+
+    @property
+    def constant_instead(self) -> str:
+        """Where ΔW depends on the input: settings of the method with which it does not. Empty if there are none."""
+        return ""
 
     def holding(self, rank: int, configs: list[AdapterConfig]) -> AdapterConfig:
         """Settings of an adapter that can hold any sum of rank `rank` of adapters with these configs; scaling is 1.
@@ -184,7 +209,7 @@ class AdapterConfig(PeftConfig):
             card.data["tags"] = sorted({*(card.data.get("tags") or []), "loraplex", self.method.lower()})
             card.text += (
                 f"\n\n{_CARD_MARK}\n## How to load\n\n"
-                f"The method of this adapter is {self.title}. `pip install loraplex`, then:\n\n"
+                f"The method of this adapter is {self.title} ({self.source}). `pip install loraplex`, then:\n\n"
                 "```python\nimport loraplex  # registers the adapter's type with PEFT\n"
                 "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, adapter)\n```\n"
             )

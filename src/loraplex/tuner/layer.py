@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -19,6 +19,7 @@ from loraplex.runtime.parallel import DDP_INSTEAD, refuse_fsdp1
 from loraplex.runtime.placement import Resident, device_of, is_offloaded, loaded
 from loraplex.tuner import base_weight
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.findings import Finding
 from loraplex.tuner.finite import check_factors
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class Factors(Resident, ABC):
     """
 
     lora_A: Tensor
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Parameters that weight decay would undo, such as gates that start at zero."""
 
     def __init__(self, config: AdapterConfig, module_name: str, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -45,6 +48,7 @@ class Factors(Resident, ABC):
         self._check_size(config)
         self.lora_alpha = config.alpha(module_name)
         self.scaling = config.scaling(module_name)
+        self.depends_on_input = config.depends_on_input
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.add_parameters(config)
 
@@ -121,6 +125,63 @@ class Factors(Resident, ABC):
     def notes(self) -> list[str]:
         """What a user should know who exports or merges this adapter."""
         return []
+
+    # Where ΔW depends on the input
+
+    def gates(self, x: Tensor) -> Tensor:
+        """The weights `(..., n)` of the parts of ΔW that x `(..., in)` calls for. They add up to 1.
+
+        Only called where the config says `depends_on_input`.
+        """
+        raise NotImplementedError
+
+    @property
+    def mean_gate(self) -> Tensor | None:
+        """The mean `(n,)` of the gates over calibration text, which merging and exporting use; None if not measured."""
+        return None
+
+    @mean_gate.setter
+    def mean_gate(self, gate: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def mean_form(self) -> tuple[Tensor, Tensor] | None:
+        """`lora_form` with the mean gates as they are; with equal gates where none were measured."""
+        return self.lora_form()
+
+    # What inspection and budgets ask
+
+    @classmethod
+    def findings(cls, layers: Sequence[Any]) -> list[Finding]:
+        """What is particular to the method in an adapter, of which `layers` are the factors of all layers."""
+        return []
+
+    @classmethod
+    def gate_findings(cls, use: dict[str, dict[str, list[float]]]) -> list[Finding]:
+        """What the gates tell that some tasks call for: task → module → mean gate of each part."""
+        return []
+
+    def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:
+        """What a layer saves from forward to backward beside its input, in bytes; parameters are counted elsewhere.
+
+        As LoRA by default: A x, and the copies that autocast makes of A and B.
+
+        Args:
+            tokens: T, of a step.
+            itemsize: bytes per element that is computed with.
+            copied: bytes per element of a factor that autocast copies; 0 without autocast.
+        """
+        rank = self.r
+        return tokens * rank * itemsize + copied * rank * (self.in_features + self.out_features)
+
+    @property
+    def takes_input_as_it_is(self) -> bool:
+        """Whether x is saved in the dtype in which the base layer gets it, not as a copy in another one."""
+        return self.input_dtype is None
+
+    @property
+    def dropout_draws(self) -> int:
+        """How many masks the forward draws for one input."""
+        return 1
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, r={self.r}, scaling={self.scaling:g}"

@@ -16,10 +16,14 @@ from loraplex.tuner.attempt import all_or_nothing
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.model import AdapterModel
 
+METHODS: dict[str, type[AdapterConfig]] = {}
+"""The registered methods by the names that runs call them; the only table of methods there is."""
+
 
 def register(config_cls: type[AdapterConfig], model_cls: type[AdapterModel]) -> None:
     """Register a method with PEFT under `config_cls.method`, with the prefix that PEFT expects of that name."""
     add_peft_type(config_cls.method)
+    METHODS[config_cls.run_name()] = config_cls
     register_peft_method(name=config_cls.method.lower(), config_cls=config_cls, model_cls=model_cls)
 
 

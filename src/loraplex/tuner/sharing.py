@@ -18,9 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from loraplex.io.field_types import shown
 from loraplex.runtime.parallel import announce_reads, is_sharded, part, replicated
 from loraplex.runtime.placement import Resident, device_of
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.findings import Finding
 from loraplex.tuner.layer import AdapterLinear, Factors
 
 BANK = "loraplex_bank"
@@ -91,6 +93,40 @@ class SharedFactors(Resident):
         """Names of parameters that no layer reads any more; they are not saved."""
         return []
 
+    def training_bytes(self) -> int:
+        """What training keeps beside gradients and the optimizer's own state, in bytes."""
+        return 0
+
+    def end_schedule(self) -> bool:
+        """Take on the size of the adapter after its schedule, on the meta device; False if it has none that counts."""
+        return False
+
+    # A saved adapter, whose base model is not at hand
+
+    @classmethod
+    def stored_readers(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
+    ) -> list[int] | None:
+        """Which layers of a family read a stored factor, or None if nothing in the file says; all of them by default.
+
+        Args:
+            config: the adapter's settings.
+            tensors: the shared tensors of its file, by name.
+            family: the layers' role.
+            factor: the factor's name without the family.
+            layers: how many layers the family has, as far as their own factors tell.
+        """
+        return list(range(layers))
+
+    @classmethod
+    def stored_findings(cls, tensors: Mapping[str, Tensor]) -> list[Finding]:
+        """What the buffers in an adapter's file tell, after a check of each.
+
+        Raises:
+            ValueError: a buffer holds what training can't have led to.
+        """
+        return []
+
     def layout(self) -> dict[str, tuple[str, int]]:
         """Module → its family and its place in it."""
         return {f.module_name: (name, i) for name, family in self._factors.items() for i, f in enumerate(family)}
@@ -130,7 +166,8 @@ class SharedFactors(Resident):
                 state[name] = cast
         self.check_state(state)
 
-    def check_buffer(self, name: str, value: Tensor) -> None:
+    @classmethod
+    def check_buffer(cls, name: str, value: Tensor) -> None:
         """Raise a ValueError unless `value`, which has the right shape, is a state of the buffer `name`."""
 
     def fill_stale(self, prefix: str, state: dict[str, Tensor]) -> None:
@@ -154,6 +191,15 @@ class SharedFactors(Resident):
         """The factors of all layers of this adapter."""
         for family in self._factors.values():
             yield from family
+
+
+def check_stored(name: str, buffer: Tensor, fits: bool) -> None:
+    """Raise a ValueError unless a buffer in an adapter's file holds integers and `fits` in shape."""
+    if buffer.dtype != torch.int64 or not fits:
+        raise ValueError(
+            f"{shown(name)} is {buffer.dtype} {tuple(buffer.shape)} in the adapter's weights, which no such record can "
+            "be: the file is broken; copy or download the adapter again."
+        )
 
 
 class FactorBank(nn.Module, BaseTunerLayer):

@@ -7,7 +7,7 @@ positive inputs and −1 otherwise; its gradient is passed straight through, cli
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -25,14 +25,16 @@ from loraplex.methods.dual_lora.gated_linear import (
     rows_of,
     sign_,
 )
+from loraplex.numerics.lowrank import row_tiles
 from loraplex.numerics.products import product
 from loraplex.runtime import loss_scaling
 from loraplex.tuner.cache import TensorCache
 from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_number, check_steps
+from loraplex.tuner.findings import Fact, Finding, OverLayers, Panel
 from loraplex.tuner.layer import Factors, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.schedule import Scheduled, StateOf
-from loraplex.tuner.sharing import Member, read
+from loraplex.tuner.sharing import Member, check_stored, read
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +110,18 @@ class DualLoraShared(Scheduled):
             # A run that goes on with fewer steps in all may be past the end.
             self.warmup[1] = max(self.last_step() or 0, int(self.warmup[0]))
 
-    def check_buffer(self, name: str, value: Tensor) -> None:
+    @classmethod
+    def check_buffer(cls, name: str, value: Tensor) -> None:
         check_warmup(value)
+
+    @classmethod
+    def stored_findings(cls, tensors: Mapping[str, Tensor]) -> list[Finding]:
+        if (warmup := tensors.get("warmup")) is None:
+            return []
+        check_stored("warmup", warmup, warmup.shape == (2,))
+        check_warmup(warmup)
+        done, steps = warmup.tolist()
+        return [Fact("warmup", "warm-up", f"{done} of {steps or 'an unknown number of'} steps", [done, steps])]
 
     def before_save(self, adapter_name: str) -> None:
         # A run that is shorter than its warm-up ends here, and nobody else would say so.
@@ -195,6 +207,37 @@ class DualLoraFactors(Factors):
         # The base layer's, which also tells whether gradients are in float16.
         return None
 
+    @classmethod
+    def findings(cls, layers: Sequence[DualLoraFactors]) -> list[Finding]:
+        shares = {layer.module_name: layer.closed_and_negative() for layer in layers}
+        closed = {name: share[0] for name, share in shares.items()}
+        negative = {name: share[1] for name, share in shares.items()}
+        panels = [
+            Panel("closed", "share of closed gates (BA ≤ 0)", closed, "closed gates, %"),
+            Panel("negative", "negative share of open gates", negative, "negative signs, %"),
+        ]
+        return [OverLayers("gates", "Dual LoRA: gates and signs", panels, top=1)]
+
+    def closed_and_negative(self) -> tuple[float, float]:
+        """The share of ΔW where ReLU(BA) is zero, and the share of negative signs in the rest."""
+        A, B, C, D = map(wide, (self.lora_A, self.lora_B, self.lora_C, self.lora_D))
+        opened = negative = 0
+        for rows in row_tiles(self.out_features, self.in_features):
+            is_open = product(B[rows], A) > 0
+            opened += int(is_open.sum())
+            negative += int((is_open & ~(product(D[rows], C) > 0)).sum())
+        return 1 - opened / (self.out_features * self.in_features), negative / opened if opened else 0.0
+
+    def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:
+        if self.compute != "reference":
+            return 4 + 8 * (itemsize == 2)  # the scale, and the seed of its rounding
+        # In float32, under autocast too: ReLU(BA), the same scaled, Sign(DC); and ΔW as it is computed with.
+        return self.out_features * self.in_features * (3 * 4 + itemsize)
+
+    @property
+    def takes_input_as_it_is(self) -> bool:
+        return self.compute != "reference"
+
     def takes_weight(self, x: Tensor) -> bool:
         return self._stays_apart(x) is None
 
@@ -252,9 +295,11 @@ class DualLoraConfig(AdapterConfig):
     """Settings of Dual LoRA (arXiv 2512.03402). Trainable per module: (r_magnitude + r_direction)·(in + out)."""
 
     method: ClassVar[str] = "DUALLORA"
-    title: ClassVar[str] = "Dual LoRA (arXiv 2512.03402)"
+    title: ClassVar[str] = "Dual LoRA"
+    source: ClassVar[str] = "arXiv 2512.03402"
     factors_cls: ClassVar[type] = DualLoraFactors
     shared_cls: ClassVar[type] = DualLoraShared
+    rank_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "r_magnitude", "r_direction")
 
     r_magnitude: int | None = None
     """r₁, rank of the magnitude group; None: r − r_direction, or half of r, rounded up."""
@@ -292,6 +337,15 @@ class DualLoraConfig(AdapterConfig):
             check_steps("warmup_steps", self.warmup_steps)
         check_number("init_std", self.init_std)
         check_choice("compute", self.compute, ("auto", "added", "apart", "reference"))
+
+    @classmethod
+    def run_name(cls) -> str:
+        # PEFT's type has no underscore, since it is a part of the keys in adapter files.
+        return "dual_lora"
+
+    @property
+    def lowest_rank(self) -> int:
+        return 1 + (self.r_magnitude or self.r_direction or 1)
 
     def ranks(self, module_name: str) -> tuple[int, int]:
         """(r₁, r₂) on the module `module_name`."""

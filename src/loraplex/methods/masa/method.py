@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.nn.functional import linear
 
 from loraplex.runtime.parallel import part
 from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
+from loraplex.tuner.findings import Finding, GateUse, Matrices
 from loraplex.tuner.layer import Factors, kaiming_, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.sharing import Member, SharedFactors, read, select
@@ -42,6 +45,16 @@ class MasaShared(SharedFactors):
     def all_A(self, family: str) -> list[nn.Parameter]:
         """The experts of each group of a family."""
         return [getattr(self, f"{family}__lora_A_{group}") for group in range(self.num_groups[family])]
+
+    @classmethod
+    def stored_readers(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
+    ) -> list[int] | None:
+        group = factor.rpartition("_")[2]
+        if not re.fullmatch(r"\d{1,6}", group, re.ASCII):
+            return None
+        size = config["share_layers"] or config["num_experts"]
+        return list(range(layers))[int(group) * size :][:size]
 
     def read_by(self, factors: MasaFactors) -> list[nn.Parameter]:  # type: ignore[override]
         return [self.get_parameter(factors.experts_name)]
@@ -76,6 +89,8 @@ class MasaFactors(Factors):
 
     @mean_gate.setter
     def mean_gate(self, gate: Tensor | None) -> None:
+        if gate is not None and len(gate) != self.num_experts:
+            raise ValueError(f"{self.module_name} has {self.num_experts} experts, but {len(gate)} mean gates.")
         self._mean_gate = gate
         self._calibrated = "" if gate is None else self._digest()
 
@@ -138,13 +153,15 @@ class MasaFactors(Factors):
         return self.mean_form()
 
     def mean_form(self) -> tuple[Tensor, Tensor]:
-        """`lora_form` with the mean gates as they are, whatever weights they were measured on."""
+        """`lora_form` with the mean gates as they are, whatever weights they were measured on; else equal gates."""
         B, A = self.scaling * wide(self.lora_B), wide(self.lora_A)
         if self.mixing == "concat":
             return A, B
-        gate = torch.ones(self.num_experts) if self.mixing == "sum" else self.mean_gate
+        gate = torch.ones(self.num_experts)
+        if self.mixing == "router":
+            gate = gate / self.num_experts if self._mean_gate is None else self._mean_gate
         # A sum, not an einsum: that would be a product, which some settings round to TF32.
-        return (gate.to(A).view(-1, 1, 1) * A.view(self.num_experts, self.r, -1)).sum(0), B  # type: ignore[union-attr]
+        return (gate.to(A).view(-1, 1, 1) * A.view(self.num_experts, self.r, -1)).sum(0), B
 
     @torch.no_grad()
     def hold(self, A: Tensor, B: Tensor) -> None:
@@ -166,6 +183,31 @@ class MasaFactors(Factors):
                 "exporting."
             )
 
+    @classmethod
+    def findings(cls, layers: Sequence[MasaFactors]) -> list[Finding]:
+        groups = {layer.experts_name: layer for layer in layers}
+        similar = {name: cka(layer.experts()).tolist() for name, layer in groups.items()}
+        labels = {name: f"{layer.family}, group {name.rpartition('_')[2]}" for name, layer in groups.items()}
+        title = "MASA: linear CKA between experts"
+        return [Matrices("expert_similarity", title, "similarity of experts", similar, labels)]
+
+    @classmethod
+    def gate_findings(cls, use: dict[str, dict[str, list[float]]]) -> list[Finding]:
+        return [GateUse("expert_use", "MASA: which experts each task uses", "expert", use)]
+
+    def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:
+        n, r, i, o = self.num_experts, self.r, self.in_features, self.out_features
+        if self.mixing == "concat":
+            return tokens * n * r * itemsize + copied * n * r * (i + o)  # [A₁ x; …; Aₙ x]
+        if self.mixing == "sum":
+            return tokens * r * itemsize + r * i * itemsize + copied * r * o  # Σᵢ Aᵢ x and Σᵢ Aᵢ
+        # Aᵢ x and their logits, the gates, and their mixture; [α/r · A; R]
+        return tokens * (n * r + 2 * n + r) * itemsize + n * (r + 1) * i * itemsize + copied * r * o
+
+    @property
+    def dropout_draws(self) -> int:
+        return self.num_experts if self.mixing == "sum" else 1
+
     def is_exact(self) -> bool:
         return self.mixing != "router"
 
@@ -184,7 +226,8 @@ class MasaConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "MASA"
-    title: ClassVar[str] = "MASA (arXiv 2510.06005)"
+    title: ClassVar[str] = "MASA"
+    source: ClassVar[str] = "arXiv 2510.06005"
     factors_cls: ClassVar[type] = MasaFactors
     shared_cls: ClassVar[type] = MasaShared
 
@@ -222,8 +265,28 @@ class MasaConfig(AdapterConfig):
     def shares_across_layers(self) -> bool:
         return True
 
+    @property
+    def depends_on_input(self) -> bool:
+        return self.expert_mixing == "router"
+
+    @property
+    def constant_instead(self) -> str:
+        return 'expert_mixing "sum" or "concat"'
+
 
 class MasaModel(AdapterModel):
     """PEFT's handle on MASA."""
 
     prefix = "masa_"
+
+
+def cka(experts: Tensor) -> Tensor:
+    """Linear CKA between the experts Aᵢ `(n, r, in)`, without centring: ‖Aᵢ Aⱼᵀ‖² / (‖Aᵢ Aᵢᵀ‖ ‖Aⱼ Aⱼᵀ‖).
+
+    1 where two experts read the same directions with the same weights, 0 where theirs are orthogonal (Kornblith et
+    al. 2019).
+    """
+    A = experts.double()
+    cross = torch.einsum("iak,jbk->ijab", A, A).square().sum((-1, -2))
+    own = cross.diagonal().sqrt()
+    return cross / (own[:, None] * own[None, :]).clamp(min=1e-300)

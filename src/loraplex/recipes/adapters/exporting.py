@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,15 +17,14 @@ from loraplex.export.servers import PORTABLE
 from loraplex.export.wish import WEIGHTS_NAME, Wish, sha256_of
 from loraplex.io.files import check_target, place_of, replaced_folder
 from loraplex.io.reading import expanded
-from loraplex.methods.masa.calibrate import Calibration, calibrate
-from loraplex.methods.masa.method import MasaFactors
-from loraplex.recipes.adapters.saved import adapter_json, data_entry, labels_of, load_adapted, load_on_skeleton
+from loraplex.recipes.adapters.saved import data_entry, gated_config, labels_of, load_adapted, load_on_skeleton
 from loraplex.recipes.config.run_config import ConfigError, RunConfig, build_run
 from loraplex.recipes.data.encode import encode_texts, encode_training
 from loraplex.recipes.data.tasks import load_task
 from loraplex.recipes.models.loading import DTYPES, base_folder, load_tokenizer
 from loraplex.recipes.prepare import uses_chat
 from loraplex.recipes.progress import note
+from loraplex.tuner.calibration import Calibration, calibrate, set_mean_gates
 from loraplex.tuner.model import tied_layers
 from loraplex.tuner.updates import adapted
 
@@ -46,7 +44,7 @@ class ExportJob:
     dtype: str | None = None
     """None keeps the dtype of the adapter (float32 at least) or of the base's weights."""
     calibration: list[str] | None = None
-    """Data for the mean gates of MASA's router; empty: the run's own."""
+    """Data for the mean gates, where gates depend on the input; empty: the run's own."""
     safe: bool = False
     """Refuse to write merged weights that are not finite."""
     force: bool = False
@@ -55,7 +53,7 @@ class ExportJob:
 def export_adapter(
     adapter: Path, run: RunConfig, job: ExportJob
 ) -> tuple[LoraExport | MergedExport, Calibration | None]:
-    """Export a saved adapter. Only MASA's router needs the base model's weights for a LoRA.
+    """Export a saved adapter. For a LoRA, only gates that depend on the input need the base model's weights.
 
     Raises:
         ConfigError: the calibration data is missing, superfluous or can't be used.
@@ -63,11 +61,12 @@ def export_adapter(
     """
     check_target(job.target, job.force)
     _check_sources(job.target, [adapter, expanded(run.model)])
-    _check_calibration(adapter, job.calibration is not None)
+    _check_calibration(adapter, run.method, job.calibration is not None)
     labels = labels_of(adapter, run)
     found = None if job.calibration is None else _calibrate(adapter, run, labels, job.calibration)
     model = load_on_skeleton(adapter, run, labels)
-    _set_gates(model, found)
+    if found is not None:
+        set_mean_gates(model, found.gates)
     dtype = _dtype(job)
     if job.format == "lora":
         return export_lora(model, job.target, engine=job.engine, rank=job.rank, dtype=dtype, force=job.force), found
@@ -91,7 +90,8 @@ def _merge_in_memory(
 ) -> MergedExport:
     """For checkpoints that only transformers can read: one model in memory, merged in place."""
     model = load_adapted(adapter, run, labels, dtype="auto").eval()
-    _set_gates(model, calibration)
+    if calibration is not None:
+        set_mean_gates(model, calibration.gates)
     layers = adapted(model, "default")
     dtype = _dtype(job)
     untied = bool(tied_layers(model))
@@ -112,12 +112,6 @@ def _merge_in_memory(
     return MergedExport(str(job.target), modules, notes)
 
 
-def _set_gates(model: PeftModel, calibration: Calibration | None) -> None:
-    for module in model.modules():
-        if calibration is not None and isinstance(module, MasaFactors):
-            module.mean_gate = torch.tensor(calibration.gates[module.module_name])
-
-
 def _dtype(job: ExportJob) -> torch.dtype | None:
     dtype = None if job.dtype is None else DTYPES[job.dtype]
     assert not isinstance(dtype, str)
@@ -132,17 +126,17 @@ def _check_sources(target: Path, sources: list[Path]) -> None:
             raise ConfigError(f"{target} holds {source}, which the export is made from: choose another folder.")
 
 
-def _check_calibration(adapter: Path, given: bool) -> None:
-    routed = adapter_json(adapter).get("expert_mixing") == "router"
-    if routed and not given:
+def _check_calibration(adapter: Path, method: str, given: bool) -> None:
+    gated = gated_config(adapter, method)
+    if gated is not None and not given:
+        instead = f"; or train with {gated.constant_instead}" if gated.constant_instead else ""
         raise ConfigError(
-            f"{adapter} is MASA with a router: its gates depend on the input, so it has no constant update and can't "
+            f"{adapter} is {gated.title}: its gates depend on the input, so it has no constant update and can't "
             "be exported exactly. Give --calibration DATA (text of your task; without DATA: the run's own) to export "
-            'it with the mean gates, an approximation whose error is reported; or train with expert_mixing "sum" or '
-            '"concat".'
+            f"it with the mean gates, an approximation whose error is reported{instead}."
         )
-    if given and not routed:
-        raise ConfigError(f"{adapter} has no router and needs no calibration: leave --calibration out.")
+    if given and gated is None:
+        raise ConfigError(f"{adapter} has no gates that depend on the input: leave --calibration out.")
 
 
 def _calibrate(adapter: Path, run: RunConfig, labels: list[str] | None, data: list[str]) -> Calibration:

@@ -8,10 +8,17 @@ from typing import Any
 
 from peft import LoraConfig
 
-from loraplex.inspection.spectra import Analysis, add_expert_use, analyse, analyse_lora
+from loraplex.inspection.spectra import Analysis, add_gate_use, analyse, analyse_lora
 from loraplex.recipes.adapters.exporting import batches_of
-from loraplex.recipes.adapters.saved import adapter_json, labels_of, load_adapted, load_on_skeleton, run_of
-from loraplex.recipes.config.arguments import config_class
+from loraplex.recipes.adapters.saved import (
+    adapter_json,
+    gated_config,
+    labels_of,
+    load_adapted,
+    load_on_skeleton,
+    run_of,
+)
+from loraplex.recipes.config.arguments import config_class, method_of
 from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.prepare import load_data
 from loraplex.tuner.config import AdapterConfig
@@ -35,20 +42,20 @@ def analyse_adapter(
 
     Args:
         adapter: folder of one of ours, or of a plain LoRA.
-        with_data: run up to 64 held-out examples of each of its run's tasks, to see which experts a router uses;
-            None: where there is a router.
+        with_data: run up to 64 held-out examples of each of its run's tasks, to see what its gates choose; None:
+            where it has gates that depend on the data.
         overrides: of its run.
         allow_code: `module:Class` that may be imported for it.
 
     Raises:
-        ConfigError: `with_data` without a router, or without a run.yaml that says what data to use.
+        ConfigError: `with_data` without such gates, or without a run.yaml that says what data to use.
     """
-    config = adapter_json(adapter)
-    routed = config.get("expert_mixing") == "router"
-    with_data = routed if with_data is None else with_data
-    if with_data and not routed:
-        raise ConfigError(f"{adapter} has no router, whose gates depend on the data: leave --with-data out.")
-    if config["peft_type"] == "LORA":
+    kind = adapter_json(adapter)["peft_type"]
+    gated = kind != "LORA" and gated_config(adapter, method_of(kind)) is not None
+    with_data = gated if with_data is None else with_data
+    if with_data and not gated:
+        raise ConfigError(f"{adapter} has no gates that depend on the data: leave --with-data out.")
+    if kind == "LORA":
         return analyse_lora(str(adapter))
     option = "a run.yaml beside it" if with_data else None
     run = run_of(adapter, None, [], list(overrides), data_option=option, allow_code=allow_code)
@@ -62,5 +69,5 @@ def analyse_adapter(
         rows = rows.select(range(min(_EXAMPLES, len(rows))))
         kept = [name for name in rows.column_names if name not in ("choices", "answer")]
         batches[task.name] = list(batches_of(rows.select_columns(kept), run, tokenizer, model.device))
-    add_expert_use(analysis, model, batches)
+    add_gate_use(analysis, model, batches)
     return analysis

@@ -25,6 +25,7 @@ from loraplex.recipes.prepare import load_data, make_evaluators
 from loraplex.recipes.progress import note
 from loraplex.recipes.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.tuner.adapter_files import check_adapter_files, read_settings
+from loraplex.tuner.config import AdapterConfig
 
 
 def run_of(
@@ -129,6 +130,15 @@ def adapter_json(adapter: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is an X-LoRA adapter, which names other folders to load: load it with PEFT.")
     check_plain(adapter, settings)
     return settings
+
+
+def gated_config(adapter: Path, method: str) -> AdapterConfig | None:
+    """The settings of a saved adapter whose update depends on the input; None for any other."""
+    cls = config_class(method)
+    if not issubclass(cls, AdapterConfig):
+        return None
+    config = cls.from_pretrained(str(adapter))
+    return config if config.depends_on_input else None
 
 
 def data_entry(text: str) -> dict[str, Any]:

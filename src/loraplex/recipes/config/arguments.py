@@ -10,23 +10,16 @@ from typing import Any, get_type_hints
 
 import torch
 from accelerate.utils import str_to_bool
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from loraplex.io.field_types import shown
 from loraplex.recipes.config.run_config import ConfigError, RunConfig, TrainSection, nearest, unknown_key
 from loraplex.runtime.parallel import DDP_INSTEAD, FSDP2_INSTEAD
+from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.registry import METHODS
 
-# method → where its config class lives
-_CONFIGS = {
-    "masa": ("loraplex", "MasaConfig"),
-    "aslora": ("loraplex", "AsLoraConfig"),
-    "dual_lora": ("loraplex", "DualLoraConfig"),
-    "multilora": ("loraplex", "MultiLoraConfig"),
-    "lora": ("peft", "LoraConfig"),
-}
-_OF_TYPE = {"DUALLORA": "dual_lora"}
 # Filled in by PEFT, by us or by loading; not for a run to choose.
 _ADAPTER_RESERVED = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "loraplex_version"),
@@ -52,8 +45,19 @@ _TRAIN_OURS = {"on_nonfinite", "chat"}
 
 
 def method_of(peft_type: str) -> str:
-    """What a run calls the method that PEFT calls `peft_type`: "DUALLORA" → "dual_lora"."""
-    return _OF_TYPE.get(peft_type, peft_type.lower())
+    """What a run calls the method that PEFT calls `peft_type`."""
+    ours = (name for name, cls in METHODS.items() if cls.method == peft_type)
+    return next(ours, peft_type.lower())
+
+
+def plannable(method: str) -> bool:
+    """Whether budgets know the method: the registered ones, and PEFT's LoRA."""
+    return issubclass(config_class(method), AdapterConfig | LoraConfig)
+
+
+def plannable_methods() -> list[str]:
+    """The methods that budgets know by name."""
+    return [*METHODS, "lora"]
 
 
 def config_class(method: str) -> Any:
@@ -66,15 +70,13 @@ def config_class(method: str) -> Any:
     """
     if ":" in method:
         return _imported(method)
-    if method in _CONFIGS:
-        module, name = _CONFIGS[method]
-        return getattr(importlib.import_module(module), name)
-    others = {method_of(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if method not in others:
-        near = nearest(method, [*_CONFIGS, *others])
+    known = {method_of(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if method not in known:
+        names = list(dict.fromkeys([*METHODS, "lora", *known]))
+        near = nearest(method, names)
         hint = f"did you mean {near!r}? " if near else ""
-        raise ConfigError(f"method is {method!r}: {hint}Known: {', '.join([*_CONFIGS, *others])}.")
-    return others[method]
+        raise ConfigError(f"method is {method!r}: {hint}Known: {', '.join(names)}.")
+    return known[method]
 
 
 def _imported(method: str) -> Any:

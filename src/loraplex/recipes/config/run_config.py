@@ -19,9 +19,6 @@ from loraplex.recipes.config.data_spec import DataSpec, PathText, Whole
 from loraplex.recipes.config.errors import ConfigError
 from loraplex.recipes.config.yaml_text import parse_yaml, read_yaml
 
-METHODS = ("masa", "aslora", "dual_lora", "multilora", "lora")
-"""The methods that this project is about, and plain LoRA; a run may name any other of PEFT's too."""
-
 # What people write first → the name that transformers' TrainingArguments has for it.
 _LONGEST_NAME = 200
 _TRAIN_SYNONYMS = {

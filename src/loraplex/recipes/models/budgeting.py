@@ -12,9 +12,9 @@ from torch import nn
 
 from loraplex.inspection.budget import Budget, match, plan
 from loraplex.io.field_types import shown
-from loraplex.recipes.config.arguments import adapter_config
+from loraplex.recipes.config.arguments import adapter_config, plannable, plannable_methods
 from loraplex.recipes.config.data_spec import Kind
-from loraplex.recipes.config.run_config import METHODS, ConfigError, RunConfig, nearest, parse_yaml, unknown_key
+from loraplex.recipes.config.run_config import ConfigError, RunConfig, nearest, parse_yaml, unknown_key
 from loraplex.recipes.models.loading import DTYPES, load_skeleton
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -28,7 +28,7 @@ class BudgetJob:
 
     model: str
     """Hub id, folder (config.json is enough), or package:NAME."""
-    methods: Sequence[str] = METHODS
+    methods: Sequence[str] = field(default_factory=plannable_methods)
     match: str | None = None
     """An adapter whose parameters the others are to have: "lora:r=16"."""
     params: str | None = None
@@ -161,9 +161,10 @@ def _config(method: str, adapter: dict[str, Any], task: Kind) -> PeftConfig:
 
 
 def _check_method(method: str) -> None:
-    if method not in METHODS:
-        near = nearest(method, METHODS)
-        hint = f"did you mean {near!r}?" if near else f"choose one of {', '.join(METHODS)}."
+    known = plannable_methods()
+    if method not in known and not (":" in method and plannable(method)):
+        near = nearest(method, known)
+        hint = f"did you mean {near!r}?" if near else f"choose one of {', '.join(known)}, or your own module:Class."
         raise ConfigError(f"unknown method {shown(method)}: {hint}")
 
 

@@ -6,23 +6,25 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft import LoraConfig
+
 from loraplex.io.reading import yaml_text
+from loraplex.recipes.config.arguments import config_class
 from loraplex.recipes.packages import PACKAGE_PREFIX
 from loraplex.recipes.training.checkpoints import LABELS_NAME, RUN_NAME
+from loraplex.tuner.config import AdapterConfig
 
 if TYPE_CHECKING:
     from loraplex.recipes.config.run_config import RunConfig
     from loraplex.recipes.training.result import Result
 
 _LOAD_OURS = "import loraplex  # registers the adapter's type with PEFT\n"
-OURS = ("masa", "aslora", "dual_lora", "multilora")
-_TITLES = {"masa": "MASA", "aslora": "ASLoRA", "dual_lora": "Dual LoRA", "multilora": "MultiLoRA", "lora": "LoRA"}
 _AUTO = {"sft": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
 
 
 def model_card(run: RunConfig, result: Result) -> str:
     """The text of README.md, with its metadata."""
-    title = _TITLES.get(run.method, run.method)
+    title = _title(run.method)
     return "\n\n".join(
         [
             _metadata(run),
@@ -35,8 +37,19 @@ def model_card(run: RunConfig, result: Result) -> str:
     )
 
 
+def _is_ours(method: str) -> bool:
+    return issubclass(config_class(method), AdapterConfig)
+
+
+def _title(method: str) -> str:
+    cls = config_class(method)
+    if issubclass(cls, AdapterConfig):
+        return cls.title
+    return "LoRA" if cls is LoraConfig else method
+
+
 def _metadata(run: RunConfig) -> str:
-    tags = [run.method, *(["loraplex"] if run.method in OURS else [])]
+    tags = [run.method, *(["loraplex"] if _is_ours(run.method) else [])]
     lines = ["library_name: peft", f"tags: {json.dumps(tags)}"]
     # Only a hub id means something to a reader of the metadata.
     if ":" not in run.model and not Path(run.model).exists():
@@ -55,10 +68,10 @@ def _table(result: Result) -> str:
 
 
 def _loading(run: RunConfig, result: Result, title: str) -> str:
-    ours = _LOAD_OURS if run.method in OURS else ""
+    ours = _LOAD_OURS if _is_ours(run.method) else ""
     if ":" in run.method:
         ours = f"import {run.method.partition(':')[0]}  # registers the adapter's type with PEFT\n"
-    needs = "" if run.method not in OURS else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
+    needs = "" if not _is_ours(run.method) else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
     imported, base = _base(run, result)
     return (
         f"## How to load\n\n{needs}```python\n{ours}from peft import PeftModel\n{imported}\n\n"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from loraplex.recipes.config.arguments import training_arguments
-from loraplex.recipes.config.run_config import METHODS, RunConfig
+from loraplex.recipes.config.arguments import plannable, training_arguments
+from loraplex.recipes.config.run_config import RunConfig
 from loraplex.recipes.console import size_text
 from loraplex.recipes.models.budgeting import BudgetJob, BudgetReport, plan_methods, step_parts
 from loraplex.recipes.training.callbacks import ProgressLine
@@ -49,7 +49,7 @@ def explain(run: RunConfig, error: BaseException) -> str:
         task=run.task,
         autocast=arguments.bf16 or arguments.fp16,
     )
-    if run.method in METHODS:
+    if plannable(run.method):
         report = plan_methods(
             job, [*((f"adapter.{key}", value) for key, value in run.adapter.items()), *run.source.items()]
         )

@@ -27,6 +27,7 @@ from loraplex.recipes.training.optimizer_state import check_optimizer, settings_
 from loraplex.recipes.training.zero import load_state, save_state
 from loraplex.runtime.out_of_memory import is_out_of_memory
 from loraplex.runtime.parallel import gathered_state_dict
+from loraplex.tuner.layer import Factors
 from loraplex.tuner.schedule import save_schedules
 
 SCHEDULER_JSON = "scheduler.json"
@@ -175,9 +176,10 @@ class _TaskEvaluation(_Base):
             super()._load_best_model()
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        # MultiLoRA's scaling starts at zero and is a gate: decay would pull the whole update back to nothing.
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if "lora_scaling" not in name]
+        gates = {
+            f"{prefix}.{name}" for prefix, m in model.named_modules() if isinstance(m, Factors) for name in m.no_decay
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name not in gates]
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Mean gates of MASA's routers, so that an adapter whose ΔW depends on the input can be merged approximately."""
+"""Mean gates, with which an adapter whose ΔW depends on the input can be merged approximately."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.methods.masa.method import MasaFactors
+from loraplex.tuner.layer import Factors
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Calibration:
     """Mean gates, and what they miss."""
 
     gates: dict[str, list[float]]
-    """Module → mean gate of each expert."""
+    """Module → mean gate of each part of its update."""
     errors: dict[str, float]
     """Module → relative error of its update with mean gates, ‖Δ̄h − Δh‖_F / ‖Δh‖_F on the held-out text."""
     output_error: float
@@ -36,7 +36,7 @@ class Calibration:
 def calibrate(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]] | None = None
 ) -> Calibration:
-    """Measure the mean gates of the active router adapters; merging and exporting use them from then on.
+    """Measure the mean gates of the active adapters that have gates; merging and exporting use them from then on.
 
     Args:
         model: the adapted model.
@@ -44,7 +44,7 @@ def calibrate(
         held_out: other inputs, to measure the errors on; None measures them on `batches`, which flatters them.
 
     Raises:
-        ValueError: there is no batch, or no active adapter has a router.
+        ValueError: there is no batch, or no active adapter has gates.
     """
     batches = list(batches)
     held_out = batches if held_out is None else list(held_out)
@@ -53,42 +53,62 @@ def calibrate(
     with _evaluating(model):
         gates = _mean_gates(model, batches)
         for factors, mean in gates.items():
-            factors.mean_gate = mean.to(factors.lora_B.dtype)
+            factors.mean_gate = mean.to(next(factors.parameters()).dtype)
         return _measure(model, held_out, list(gates))
 
 
 @torch.no_grad()
-def expert_use(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Module → mean gate of each expert of the active router adapters on these inputs; the adapters stay as they are.
+def gate_use(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Module → mean gates of the active adapters on these inputs; the adapters stay as they are.
 
     Raises:
-        ValueError: there is no batch, or no active adapter has a router.
+        ValueError: there is no batch, or no active adapter has gates.
     """
     with _evaluating(model):
         return {factors.module_name: mean.tolist() for factors, mean in _mean_gates(model, batches).items()}
 
 
-def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[MasaFactors, Tensor]:
-    gates: dict[MasaFactors, Tensor] = {}
+def set_mean_gates(model: nn.Module, gates: Mapping[str, Sequence[float]]) -> None:
+    """Give the adapters on `model` mean gates that were measured before, on the same weights.
 
-    def add_gates(factors: MasaFactors, x: Tensor) -> None:
+    Args:
+        model: the adapted model.
+        gates: module → mean gate of each part, for exactly the modules that have gates.
+
+    Raises:
+        ValueError: the gates are those of other modules, or of other numbers of parts.
+    """
+    gated = {m.module_name: m for m in model.modules() if isinstance(m, Factors) and m.depends_on_input}
+    if apart := sorted(set(gated) ^ set(gates)):
+        raise ValueError(
+            f"The mean gates beside the adapter are not those of its modules ({', '.join(apart[:3])}, …): measure them "
+            "again with loraplex export --calibration --remember."
+        )
+    for name, factors in gated.items():
+        factors.mean_gate = torch.tensor(gates[name])
+
+
+def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Factors, Tensor]:
+    gates: dict[Factors, Tensor] = {}
+
+    def add_gates(factors: Factors, x: Tensor) -> None:
         gates[factors] = gates.get(factors, 0) + factors.gates(x).double().sum(0)
 
     for batch in batches:
         _outputs(model, batch, add_gates)
     if not gates:
         raise ValueError(
-            'No active adapter has a router, or there was no batch: only MASA with expert_mixing="router" needs '
-            "calibration. Activate it with model.set_adapter(name)."
+            "No active adapter has gates that depend on the input, or there was no batch: nothing needs calibration. "
+            "Activate the adapter that has with model.set_adapter(name)."
         )
     return {factors: total / total.sum() for factors, total in gates.items()}
 
 
-def _measure(model: nn.Module, batches: list[Mapping[str, Any]], routed: list[MasaFactors]) -> Calibration:
-    squares: dict[MasaFactors, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+def _measure(model: nn.Module, batches: list[Mapping[str, Any]], gated: list[Factors]) -> Calibration:
+    squares: dict[Factors, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     missed = torch.zeros(2, dtype=torch.float64)
 
-    def add_squares(factors: MasaFactors, x: Tensor) -> None:
+    def add_squares(factors: Factors, x: Tensor) -> None:
         exact = factors.forward(x)
         squares[factors] += _squares(_with_mean_gates(factors, x) - exact, exact)
 
@@ -97,24 +117,27 @@ def _measure(model: nn.Module, batches: list[Mapping[str, Any]], routed: list[Ma
         mean = _outputs(model, batch, instead=_with_mean_gates)
         base = _outputs(model, batch, instead=lambda factors, x: x.new_zeros(*x.shape[:-1], factors.out_features))
         missed += _squares(mean - exact, exact - base)
-    means = {f.module_name: f.mean_gate.tolist() for f in routed}  # type: ignore[union-attr]
+    means = {f.module_name: f.mean_gate.tolist() for f in gated}  # type: ignore[union-attr]
     return Calibration(means, {f.module_name: _ratio(pair) for f, pair in squares.items()}, _ratio(missed))
 
 
-def _with_mean_gates(factors: MasaFactors, x: Tensor) -> Tensor:
-    A, B = factors.mean_form()
+def _with_mean_gates(factors: Factors, x: Tensor) -> Tensor:
+    form = factors.mean_form()
+    assert form is not None, "a method with gates writes mean_form"
+    A, B = form
     return linear(linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 def _outputs(
     model: nn.Module,
     batch: Mapping[str, Any],
-    see: Callable[[MasaFactors, Tensor], None] | None = None,
-    instead: Callable[[MasaFactors, Tensor], Tensor] | None = None,
+    see: Callable[[Factors, Tensor], None] | None = None,
+    instead: Callable[[Factors, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The model's outputs on the real tokens of `batch`.
 
-    `see(factors, x)` gets each router's inputs `(tokens, in)`; `instead(factors, x)` computes in a router's place.
+    `see(factors, x)` gets the inputs `(tokens, in)` of all factors with gates; `instead(factors, x)` computes in their
+    place.
     """
     mask = batch.get("attention_mask")
 
@@ -123,13 +146,13 @@ def _outputs(
         # Layers of a dispatched model see x on devices of their own.
         return x[mask.to(x.device, torch.bool)] if fits else x.flatten(0, -2)  # type: ignore[union-attr]
 
-    def hook(factors: MasaFactors, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+    def hook(factors: Factors, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         if see is not None:
             see(factors, real(args[0]))
         return instead(factors, args[0]) if instead is not None else None
 
-    routed = [m for m in model.modules() if isinstance(m, MasaFactors) and m.mixing == "router"]
-    handles = [factors.register_forward_hook(hook) for factors in routed]
+    gated = [m for m in model.modules() if isinstance(m, Factors) and m.depends_on_input]
+    handles = [factors.register_forward_hook(hook) for factors in gated]
     try:
         output = model(**batch)
     finally:
