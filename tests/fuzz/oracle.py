@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex.tuner import registry
 from tests.fuzz import raw
 
 ROOT = "base_model.model."
 BANK = "loraplex_bank"
-METHODS = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
-_CLASSES = {cls.method: cls for cls in (MasaConfig, AsLoraConfig, DualLoraConfig, MultiLoraConfig)}
+_CLASSES = {cls.method: cls for cls in registry.METHODS.values()}
+METHODS = tuple(_CLASSES)
 Update = Callable[[Tensor], Tensor]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -6,6 +6,7 @@ Nothing in the package knows `tied_lora.py` beside this file. CONTRIBUTING.md wa
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from loraplex.commands.cli import main
 from loraplex.inspection.budget import match, plan
 from loraplex.inspection.describe import describe
 from loraplex.inspection.spectra import analyse
+from loraplex.tuner.registry import METHODS
 
 HERE = Path(__file__).parent
 METHOD = "tied_lora:TiedLoraConfig"
@@ -29,11 +31,23 @@ LLAMA = ARCHS["llama"]
 R, ALPHA = 3, 5
 
 
-@pytest.fixture(autouse=True)
-def _in_its_folder(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _in_its_folder():
     """`module:Class` is looked for in the working directory; the class registers itself when it is imported."""
-    monkeypatch.chdir(HERE)
-    monkeypatch.syspath_prepend(str(HERE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(HERE)
+        patch.syspath_prepend(str(HERE))
+        yield
+    METHODS.pop("tiedlora", None)
+
+
+def test_the_walk_through_quotes_the_file():
+    """CONTRIBUTING.md shows what is in the file, line for line."""
+    text = (HERE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Add a method")[2]
+    quotes = re.findall(r"```python\n(.*?)```", text.partition("## Style")[0], re.DOTALL)
+    assert len(quotes) == 3
+    for quote in quotes:
+        assert quote in (HERE / "tied_lora.py").read_text(encoding="utf-8")
 
 
 def settings(**more):
