@@ -153,7 +153,8 @@ def test_configs_pickle_and_copy(method: str) -> None:
 def test_private_names_exist() -> None:
     """Private functions that src imports or overrides; a rename in PEFT shows here, with its place in src."""
     places = {
-        "layer.py": ["_get_in_out_features", "check_adapters_to_merge"],
+        "layer.py": ["_get_in_out_features"],
+        "merging.py": ["check_adapters_to_merge"],
         "model.py": ["_filter_state_dict_by_key_prefixes", "_get_tuner_state_dict_key_prefixes"],
     }
     for names in places.values():
@@ -448,7 +449,7 @@ def test_base_layer_shapes() -> None:
 
 
 def test_base_weight_access() -> None:
-    """Merging reads and writes through `get_base_weight` / `set_base_weight` (layer.AdapterLinear.merge)."""
+    """Merging reads and writes through `get_base_weight` / `set_base_weight` (merging.MergingLayer.merge)."""
     layer = next(iter(h.layers_of(adapted("multilora")).values()))
     weight = layer.get_base_weight()
     assert torch.equal(weight, layer.base_layer.weight)

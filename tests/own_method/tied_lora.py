@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import Factors, kaiming_, wide
+from loraplex.tuner.factors import Factors, kaiming_, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.registry import register
 from loraplex.tuner.sharing import Member, SharedFactors, read

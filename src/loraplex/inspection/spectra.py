@@ -15,8 +15,8 @@ from loraplex.export.lora_format import read_lora
 from loraplex.inspection.describe import describe
 from loraplex.numerics.lowrank import randomized_svd, svd_of_product
 from loraplex.tuner.calibration import gate_use
+from loraplex.tuner.factors import Factors
 from loraplex.tuner.findings import Finding, as_dict, find
-from loraplex.tuner.layer import Factors
 from loraplex.tuner.sharing import layer_depth, role
 from loraplex.tuner.updates import PlainLora, Update, adapted
 

@@ -23,8 +23,8 @@ from torch.nn.functional import linear
 
 from loraplex.runtime.parallel import part, whole
 from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
+from loraplex.tuner.factors import Factors, kaiming_, wide
 from loraplex.tuner.findings import Finding, Handover, Handovers
-from loraplex.tuner.layer import Factors, kaiming_, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.schedule import Scheduled, StateOf
 from loraplex.tuner.sharing import Member, check_stored, read, select

@@ -1,6 +1,6 @@
-"""The weight of a base layer, plain or quantised: read, written, and put back exactly as it was.
+"""The weight of a base layer, quantised or not: how it is read, written, backed up and restored bit for bit.
 
-Quantised ones go through PEFT's backends: dequantise to read, quantise again to write. What was kept is the object
+PEFT's backends dequantise a quantised weight to read it, and quantise it again to write it. Its backup is the object
 itself, since quantising the same weight again gives other bits.
 """
 
@@ -20,7 +20,7 @@ from loraplex.runtime.parallel import is_sharded
 
 
 class Layer(Protocol):
-    """An adapted layer, as far as its base weight is concerned."""
+    """What this module needs of an adapted layer."""
 
     base_layer: nn.Module
     quantization_backend: Any
@@ -43,13 +43,13 @@ class Unreadable(Exception):
     """The quantisation's backend can't read or write this weight."""
 
 
-def keep(layer: Layer) -> tuple[Any, ...]:
-    """What `put_back` needs. In a tuple: torch would register a parameter or module that is an attribute."""
+def backup(layer: Layer) -> tuple[Any, ...]:
+    """What `restore` needs. It is a tuple, since torch would register a parameter or module that is an attribute."""
     inner: Any = layer.get_base_layer()
     match layer.quantization_backend:
         case None:
-            # On the CPU: a copy of every adapted weight beside the weights themselves would not fit on many devices.
-            # No inference tensor, which could not be trained beside once it is put back.
+            # On the CPU: many devices have no room for a copy of every adapted weight beside the weights themselves.
+            # Outside inference mode: autograd could not save an inference tensor once it is restored.
             with torch.inference_mode(False):
                 return (inner.weight.detach().to("cpu", copy=True),)
         case HqqBackend():
@@ -60,45 +60,45 @@ def keep(layer: Layer) -> tuple[Any, ...]:
             return (inner.weight,)
 
 
-def put_back(layer: Layer, kept: tuple[Any, ...]) -> None:
-    """Restore what `keep` found, bit for bit, on the device and in the dtype in which the layer is now."""
+def restore(layer: Layer, saved: tuple[Any, ...]) -> None:
+    """Put back the weight that `backup` saved, bit for bit, on the device and in the dtype that the layer has now."""
     inner: Any = layer.get_base_layer()
     match layer.quantization_backend:
         case None:
             with torch.inference_mode(False):
-                inner.weight.data = kept[0].to(inner.weight.device, inner.weight.dtype)
+                inner.weight.data = saved[0].to(inner.weight.device, inner.weight.dtype)
         case HqqBackend():
-            layer.base_layer = kept[0].to(inner.W_q.device)
+            layer.base_layer = saved[0].to(inner.W_q.device)
         case Bnb8bitBackend():
-            weight, scales = kept
+            weight, scales = saved
             device = inner.weight.device
             inner.weight = weight = weight.to(device)
             inner.state.reset_grads()
             weight.CB, weight.SCB = weight.data, scales.to(device)
         case Bnb4bitBackend():
-            weight = kept[0]
+            weight = saved[0]
             # PEFT clears it on the weight that it replaces: a move to a device would quantise it again.
             weight.bnb_quantized = True
             inner.weight = weight = weight.to(inner.weight.device)
             inner.quant_state = weight.quant_state
         case _:
-            weight = kept[0]
+            weight = saved[0]
             stayed = weight.device == inner.weight.device
             inner.weight = weight if stayed else nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
 
 
 def fingerprint(layer: Layer) -> tuple[torch.dtype, int] | None:
-    """The dtype of a plain weight and a number from its bits, which tell of writes to it; None of other weights."""
+    """The dtype of an unquantised weight and a number from its bits, which show that it was written to; else None."""
     weight: Any = layer.get_base_layer().weight if layer.quantization_backend is None else None
     if weight is None or is_sharded(weight) or weight.is_meta:
         return None
     rows = weight.detach().view(_INTEGERS[weight.itemsize]).sum(-1)
-    # By its place: two rows that change places change the number.
+    # Each row counts by its index, so that two rows that change places change the number.
     return weight.dtype, int((rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum())
 
 
 def read(layer: Layer) -> Tensor:
-    """The weight, dequantised if need be: a copy or the weight itself."""
+    """The weight, dequantised if it is quantised. It may be a copy or the weight itself."""
     inner: Any = layer.get_base_layer()
     if isinstance(layer.quantization_backend, Bnb4bitBackend) and is_packed(inner.weight):
         # bitsandbytes does not notice that it can't dequantise this layout.
@@ -114,10 +114,10 @@ def read(layer: Layer) -> Tensor:
 
 
 def write(layer: Layer, weight: Tensor) -> Tensor:
-    """Store `weight`, quantised if need be, and return it as it is stored.
+    """Store `weight`, quantised if the layer is, and return what the layer then holds.
 
     Raises:
-        Unreadable: the backend can't do it.
+        Unreadable: the quantisation's backend can't do it.
     """
     inner: Any = layer.get_base_layer()
     try:
@@ -131,10 +131,10 @@ def write(layer: Layer, weight: Tensor) -> Tensor:
     return read(layer)
 
 
-def plain(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """(W (out, in), b or None), where calling the base layer does no more than W x + b and trains neither; else None.
+def frozen_linear(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """W (out, in) and b, if calling the base layer does no more than W x + b and trains neither; else None.
 
-    Whoever hooks a module (accelerate moves weights, users record activations) expects it to be called.
+    A module with hooks has to be called: accelerate's move weights, and users record activations.
     """
     inner: Any = layer.base_layer
     if type(inner) not in (nn.Linear, Conv1D) or "forward" in inner.__dict__:
@@ -148,7 +148,7 @@ def plain(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        return None  # for the base layer to say what is wrong
+        return None  # the base layer's own error says what is wrong
     return (weight.T if layer.fan_in_fan_out else weight), bias
 
 

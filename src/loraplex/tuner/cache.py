@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from loraplex.tuner.layer import Factors
+from loraplex.tuner.factors import Factors
 
 
 def clear_cache(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.tuner.layer import Factors
+from loraplex.tuner.factors import Factors
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from loraplex.tuner.attempt import all_or_nothing
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import AdapterLinear, Factors
+from loraplex.tuner.factors import Factors
+from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.sharing import shared_by
 
 COMBINATIONS = ("cat", "linear")

@@ -22,8 +22,9 @@ from loraplex.io.field_types import shown
 from loraplex.runtime.parallel import announce_reads, is_sharded, part, replicated
 from loraplex.runtime.placement import Resident, device_of
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.factors import Factors
 from loraplex.tuner.findings import Finding
-from loraplex.tuner.layer import AdapterLinear, Factors
+from loraplex.tuner.layer import AdapterLinear
 
 BANK = "loraplex_bank"
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from loraplex.numerics.lowrank import norm_of_product, row_tiles
 from loraplex.numerics.products import product
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.factors import Factors, wide
 from loraplex.tuner.finite import check_factors
-from loraplex.tuner.layer import AdapterLinear, Factors, wide
+from loraplex.tuner.layer import AdapterLinear
 
 ROOT = "base_model.model."
 """What PEFT puts before the names of the base model's modules."""

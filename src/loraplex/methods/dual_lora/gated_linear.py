@@ -34,7 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 from loraplex.numerics import rounding
 from loraplex.numerics.products import product, tiles
 from loraplex.runtime import loss_scaling
-from loraplex.tuner.layer import wide
+from loraplex.tuner.factors import wide
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
