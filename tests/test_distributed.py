@@ -33,7 +33,7 @@ from loraplex import (
     load_schedules,
     save_schedules,
 )
-from loraplex.methods.aslora import AsLoraShared
+from loraplex.methods.aslora.shared import AsLoraShared
 from loraplex.methods.dual_lora.method import DualLoraShared
 from loraplex.tuner.schedule import schedules
 
@@ -191,7 +191,7 @@ def disagree(rank: int, world: int, engine: str) -> Any:
         if rank == 1 and step == 2:
             # Layers 2 and 3 become the closest here.
             shared = dict(schedules(model))["default"]
-            for family, averages in shared._averages.items():
+            for family, averages in shared.averages.by_family.items():
                 averages[2].add_(0.75)
                 assert shared.maps[family] == [0, 1, 2, 3]
         optimizer.step()

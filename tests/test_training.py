@@ -35,7 +35,7 @@ from trl import SFTConfig, SFTTrainer
 
 import loraplex
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig, ScheduleCallback
-from loraplex.methods.aslora import AsLoraShared
+from loraplex.methods.aslora.shared import AsLoraShared
 from loraplex.tuner.schedule import schedules
 
 # PEFT 0.21 and TRL 1.16 use names that transformers 5.23 calls activation_checkpointing.

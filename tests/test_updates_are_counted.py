@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import loraplex
 from helpers import ARCHS, config, shared_state
-from loraplex.methods.aslora import AsLoraShared
+from loraplex.methods.aslora.shared import AsLoraShared
 from loraplex.runtime import hidden_optimizer, optimizer_steps
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -233,7 +233,7 @@ def test_averages_are_of_finished_updates(method: str, stack: str) -> None:
         update()
         model.zero_grad()
         seen.append({f: [shared.B(f, layer).detach().clone() for layer in range(5)] for f in shared.families})
-    for family, averages in shared._averages.items():
+    for family, averages in shared.averages.by_family.items():
         for layer, average in averages.items():
             mean = sum(step[family][layer] for step in seen) / 3
             torch.testing.assert_close(average, mean, rtol=1e-5, atol=1e-6)
@@ -350,7 +350,7 @@ def test_optimizers_that_take_turns_over_the_same_parameters(method: str, kind: 
             seen.append({name: p.detach().clone() for name, p in shared.named_parameters()})
     assert found == [1, 2, 3, 4, 5, 6]
     if method == "aslora":
-        for family, averages in shared._averages.items():
+        for family, averages in shared.averages.by_family.items():
             for layer, average in averages.items():
                 mean = sum(step[f"{family}__lora_B_{layer}"] for step in seen) / 6
                 torch.testing.assert_close(average, mean, rtol=1e-5, atol=1e-6)

@@ -15,7 +15,8 @@ from transformers import TrainerControl, TrainerState
 import helpers as h
 import loraplex
 from loraplex import AsLoraConfig, ScheduleCallback
-from loraplex.methods.aslora import AsLoraShared, distance
+from loraplex.methods.aslora.merges import distance
+from loraplex.methods.aslora.shared import AsLoraShared
 
 R, ALPHA = 2, 5
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from loraplex.commands.cli import main
 from loraplex.io import files
-from loraplex.methods.aslora import AsLoraShared
+from loraplex.methods.aslora.shared import AsLoraShared
 
 # Importing all this takes longer than training: it is done once, in a process that the others are forked from.
 _IMPORTED_ONCE = ["loraplex.recipes.training.run", "loraplex.commands.report"]

@@ -1,6 +1,6 @@
 """One room per paper. Importing this package registers the methods with PEFT."""
 
-from loraplex.methods.aslora import AsLoraConfig, AsLoraModel
+from loraplex.methods.aslora.method import AsLoraConfig, AsLoraModel
 from loraplex.methods.dual_lora.method import DualLoraConfig, DualLoraModel
 from loraplex.methods.masa.method import MasaConfig, MasaModel
 from loraplex.methods.multilora import MultiLoraConfig, MultiLoraModel

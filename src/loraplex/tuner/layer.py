@@ -70,8 +70,8 @@ class AdapterLinear(MergingLayer):
         return dtype if dtype in _FLOATS else torch.float32
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's version also casts to the base's dtype. After loading with low_cpu_mem_usage, that would round an adapter
-        # in float32 to bfloat16 and back.
+        # PEFT's version also casts to the base's dtype, which would round a float32 adapter to bfloat16 and back after
+        # loading with low_cpu_mem_usage.
         device = device or device_of(self.get_base_layer())
         factors = self.factors(adapter_name)
         if factors is None or device is None or any(p.is_meta for p in factors.parameters()):
