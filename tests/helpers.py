@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig
+from loraplex.tuner.bank import find_bank
 from loraplex.tuner.layer import AdapterLinear
-from loraplex.tuner.sharing import find_bank
 
 VOCAB, HIDDEN, INNER, HEADS, LAYERS = 61, 32, 48, 4, 5
 """Five layers: MASA's groups of two do not divide them."""

@@ -26,7 +26,8 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, LAYERS, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
 from loraplex.methods.dual_lora.method import DualLoraFactors
-from loraplex.tuner.sharing import BANK, layer_depth
+from loraplex.tuner.bank import BANK
+from loraplex.tuner.families import layer_depth
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()

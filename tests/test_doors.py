@@ -26,7 +26,7 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, HIDDEN, INNER, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
 from loraplex.methods.multilora import MultiLoraFactors
-from loraplex.tuner.sharing import BANK
+from loraplex.tuner.bank import BANK
 
 LLAMA = ARCHS["llama"]
 BATCH = LLAMA.inputs()

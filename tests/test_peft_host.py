@@ -36,11 +36,11 @@ from torch import nn
 import helpers as h
 import loraplex
 from helpers import ARCHS, METHODS, PLAIN, adapted, config, output, ready
+from loraplex.tuner.bank import BANK, FactorBank, find_bank
 from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.load_checks import weights_of
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.registry import add_peft_type
-from loraplex.tuner.sharing import BANK, FactorBank, find_bank
 from loraplex.tuner.updates import PlainLora
 
 TYPES = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
@@ -232,7 +232,7 @@ def test_hooks_run_for_the_first_adapter_only(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_casts_split_registered_aliases_but_not_the_bank() -> None:
-    """`cast_adapter_dtype` goes layer by layer, and since 0.21.1 reassigns: why layers look factors up (sharing.py)."""
+    """`cast_adapter_dtype` goes layer by layer, and since 0.21.1 reassigns: why layers look factors up (bank.py)."""
     base = ARCHS["llama"].build().to(torch.bfloat16)
     model = get_peft_model(base, config("masa-sum"), autocast_adapter_dtype=False)
     bank = find_bank(model)
@@ -273,7 +273,7 @@ def test_default_targets_are_lora_s() -> None:
 
 
 def test_inject_twice_keeps_one_bank() -> None:
-    """The bank is found again as a child of the adapted model, under any number of adapters (sharing.link)."""
+    """The bank is found again as a child of the adapted model, under any number of adapters (bank.link)."""
     model = adapted("masa-sum")
     loraplex.add_adapter(model, "second", config("aslora"))
     loraplex.add_adapter(model, "third", config("masa-concat"))
@@ -329,7 +329,7 @@ def test_missing_keys_after_loading(tmp_path: Path) -> None:
 
 
 def test_tuner_keys_are_found_structurally() -> None:
-    """`_get_tuner_state_dict_key_prefixes` visits tuner layers; the bank must count as one (sharing.FactorBank)."""
+    """`_get_tuner_state_dict_key_prefixes` visits tuner layers; the bank must count as one (bank.FactorBank)."""
     model = adapted("aslora")
     prefixes = tuners_utils._get_tuner_state_dict_key_prefixes(model, adapter_name="default")
     assert f"base_model.model.{BANK}.aslora_shared.default" in prefixes

@@ -28,7 +28,7 @@ from helpers import ARCHS, LAYERS, METHODS, PLAIN, config, output
 from loraplex.inspection.spectra import analyse
 from loraplex.runtime import parallel
 from loraplex.runtime.placement import device_of, input_device
-from loraplex.tuner.sharing import find_bank
+from loraplex.tuner.bank import find_bank
 
 FIRST, SECOND = "cpu:1", "cpu:2"
 

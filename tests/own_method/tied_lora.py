@@ -14,9 +14,10 @@ from torch.nn.functional import linear
 
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.factors import Factors, kaiming_, wide
+from loraplex.tuner.families import Member
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.registry import register
-from loraplex.tuner.sharing import Member, SharedFactors, read
+from loraplex.tuner.sharing import SharedFactors, read
 
 
 class TiedLoraShared(SharedFactors):

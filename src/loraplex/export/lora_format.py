@@ -19,8 +19,8 @@ from loraplex.export.servers import Engine
 from loraplex.io.field_types import shown
 from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.families import layer_depth
 from loraplex.tuner.layer import AdapterLinear
-from loraplex.tuner.sharing import layer_depth
 from loraplex.tuner.updates import ROOT, adapted, difference
 
 _FACTORS = (".lora_A.weight", ".lora_B.weight")

@@ -22,8 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from loraplex.io.field_types import shown
 from loraplex.io.files import check_target, replaced_folder, write_tensors
 from loraplex.io.reading import file_name, message_of, read_json
+from loraplex.tuner.bank import BANK
 from loraplex.tuner.finite import check_finite
-from loraplex.tuner.sharing import BANK
 from loraplex.tuner.updates import Update, adapted
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".index.json")

@@ -21,9 +21,10 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
+from loraplex.tuner.bank import find_bank
 from loraplex.tuner.config import AdapterConfig, check_count
 from loraplex.tuner.layer import AdapterLinear
-from loraplex.tuner.sharing import SharedFactors, find_bank
+from loraplex.tuner.sharing import SharedFactors
 
 _NAME = "default"
 # In the order in which safetensors lays tensors out: by type, then by name.

@@ -20,8 +20,8 @@ from loraplex.io.field_types import shown
 from loraplex.numerics.lowrank import svd_of_product
 from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.families import role
 from loraplex.tuner.findings import Finding, as_dict, find
-from loraplex.tuner.sharing import role
 
 _ROOT = "base_model.model."
 

@@ -16,8 +16,8 @@ from loraplex.inspection.describe import describe
 from loraplex.numerics.lowrank import randomized_svd, svd_of_product
 from loraplex.tuner.calibration import gate_use
 from loraplex.tuner.factors import Factors
+from loraplex.tuner.families import layer_depth, role
 from loraplex.tuner.findings import Finding, as_dict, find
-from loraplex.tuner.sharing import layer_depth, role
 from loraplex.tuner.updates import PlainLora, Update, adapted
 
 EXACT_SIZE = 2048

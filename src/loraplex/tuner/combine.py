@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from loraplex.tuner.attempt import all_or_nothing
+from loraplex.tuner.bank import shared_by
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.factors import Factors
 from loraplex.tuner.layer import AdapterLinear
-from loraplex.tuner.sharing import shared_by
 
 COMBINATIONS = ("cat", "linear")
 

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex.tuner.attempt import running
+from loraplex.tuner.bank import FactorBank
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.finite import is_finite
 from loraplex.tuner.layer import AdapterLinear
-from loraplex.tuner.sharing import FactorBank, SharedFactors
+from loraplex.tuner.sharing import SharedFactors
 from loraplex.tuner.updates import ROOT
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from loraplex.io.reading import message_of
 from loraplex.runtime.packing import guard, release
 from loraplex.runtime.placement import refuse_loaded_with_parent
 from loraplex.tuner.attempt import Attempt, all_or_nothing, running
+from loraplex.tuner.bank import BANK, find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLinear
@@ -42,7 +43,7 @@ from loraplex.tuner.load_checks import (
 )
 from loraplex.tuner.schedule import Scheduled
 from loraplex.tuner.schedule_callback import join_trainers
-from loraplex.tuner.sharing import BANK, SharedFactors, find_bank, link, shared_by
+from loraplex.tuner.sharing import SharedFactors
 from loraplex.tuner.updates import ROOT
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from loraplex.io.files import write_tensors
 from loraplex.runtime.hidden_optimizer import Watch
 from loraplex.runtime.optimizer_steps import follow, holds
 from loraplex.runtime.parallel import cut, ddp_group, first_decides, is_sharded, part, ranks_of, whole
-from loraplex.tuner.sharing import FactorBank, SharedFactors
+from loraplex.tuner.bank import FactorBank
+from loraplex.tuner.sharing import SharedFactors
 from loraplex.tuner.training_state import check_training_state, read_training_state
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,10 @@ from loraplex.methods.aslora.averages import RunningAverages
 from loraplex.methods.aslora.merges import check_merges
 from loraplex.runtime.parallel import part
 from loraplex.tuner.factors import Factors, kaiming_
+from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding, Handover, Handovers
 from loraplex.tuner.schedule import Scheduled
-from loraplex.tuner.sharing import Member, check_stored
+from loraplex.tuner.sharing import check_stored
 
 
 class MergeMaps(Scheduled):

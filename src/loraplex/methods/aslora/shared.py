@@ -86,7 +86,7 @@ class AsLoraShared(MergeMaps):
             return -1, -1
 
     def _agree(self, families: list[str], mine: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The pairs that the first rank chose. Ranks whose averages differ in their last bits may choose other pairs."""
+        """The pairs that the first rank chose: ranks whose averages differ in the last bits may choose others."""
         rows = [[self.steps[family], *pair] for family, pair in zip(families, mine, strict=True)]
         agreed = self.decided_by_first(rows, self.B(families[0], self.owners(families[0])[0]))
         for family, (t, lower, upper), row in zip(families, agreed, rows, strict=True):

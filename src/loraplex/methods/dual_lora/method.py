@@ -31,10 +31,11 @@ from loraplex.runtime import loss_scaling
 from loraplex.tuner.cache import TensorCache
 from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_number, check_steps
 from loraplex.tuner.factors import Factors, wide
+from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Fact, Finding, OverLayers, Panel
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.schedule import Scheduled, StateOf
-from loraplex.tuner.sharing import Member, check_stored, read
+from loraplex.tuner.sharing import check_stored, read
 
 logger = logging.getLogger(__name__)
 

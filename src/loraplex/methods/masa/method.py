@@ -24,9 +24,10 @@ from torch.nn.functional import linear
 from loraplex.runtime.parallel import part
 from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
 from loraplex.tuner.factors import Factors, kaiming_, wide
+from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding, GateUse, Matrices
 from loraplex.tuner.model import AdapterModel
-from loraplex.tuner.sharing import Member, SharedFactors, read, select
+from loraplex.tuner.sharing import SharedFactors, read, select
 
 
 class MasaShared(SharedFactors):

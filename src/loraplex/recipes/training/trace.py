@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.tuner.sharing import BANK
+from loraplex.tuner.bank import BANK
 
 _WRAPPERS = ("", "base_model", "base_model.model")
 
