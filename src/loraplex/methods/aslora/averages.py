@@ -60,9 +60,11 @@ class RunningAverages:
         self.by_family[family] = averages
         return max(state["aslora_steps"] for state in states.values())
 
-    def forget(self, family: str) -> None:
-        """Drop the averages of a family that this process has in memory."""
-        self.by_family.pop(family, None)
+    def without(self, family: str) -> RunningAverages:
+        """The averages of all other families. These stay as they are, since a load that fails takes them back."""
+        rest = RunningAverages()
+        rest.by_family = {name: averages for name, averages in self.by_family.items() if name != family}
+        return rest
 
     def _check(self, family: str, states: dict[int, dict[str, Any]], steps: int, merged: bool) -> None:
         """Put averages in place that the training state lacks, though the adapter was averaged before."""

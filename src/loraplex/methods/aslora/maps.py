@@ -155,7 +155,7 @@ class MergeMaps(Scheduled):
         for family in self.families:
             if f"{prefix}{family}__merges" in state_dict:
                 # The averages in memory are of other factors than those that were just loaded.
-                self.averages.forget(family)
+                self.averages = self.averages.without(family)
         self._read_maps()
 
     def train(self, mode: bool = True) -> Self:
@@ -177,7 +177,7 @@ class MergeMaps(Scheduled):
             self.maps[family] = mapped
             if steps != self.steps[family]:
                 self.steps[family] = steps
-                self.averages.forget(family)
+                self.averages = self.averages.without(family)
             self._map_is_read(family)
 
     def _map_is_read(self, family: str) -> None:

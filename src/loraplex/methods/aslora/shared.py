@@ -121,7 +121,7 @@ class AsLoraShared(MergeMaps):
             gone.pop(key, None)
         self.averages.by_family[family].pop(lower)
         if self._merges_left(family) <= 0:
-            self.averages.forget(family)
+            self.averages = self.averages.without(family)
             self._set_steps(family, 0)
         logger.info("ASLoRA step %d: %s layer %d now reads layer %d's B", t, family, lower, upper)
 
