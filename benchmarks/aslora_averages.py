@@ -16,7 +16,7 @@ from peft import get_peft_model
 
 from loraplex import AsLoraConfig
 from loraplex.recipes.models.loading import load_model
-from loraplex.tuner.schedule import schedules
+from loraplex.tuner.schedules import schedules
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", nargs="?", default="package:smollm2-135m")

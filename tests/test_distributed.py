@@ -35,7 +35,7 @@ from loraplex import (
 )
 from loraplex.methods.aslora.shared import AsLoraShared
 from loraplex.methods.dual_lora.method import DualLoraShared
-from loraplex.tuner.schedule import schedules
+from loraplex.tuner.schedules import schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 

@@ -899,12 +899,12 @@ def test_dead_models_are_not_watched() -> None:
     from loraplex.runtime import optimizer_steps
 
     gc.collect()
-    before = len(optimizer_steps._followers)
+    before = len(optimizer_steps._subscribers)
     model = get_peft_model(ARCHS["llama"].build(), config("dual_lora"))
-    assert len(optimizer_steps._followers) == before + 1
+    assert len(optimizer_steps._subscribers) == before + 1
     del model
     gc.collect()
-    assert len(optimizer_steps._followers) == before
+    assert len(optimizer_steps._subscribers) == before
 
 
 def test_gradient_scalers_scale_by_one_method() -> None:

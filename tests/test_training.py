@@ -36,7 +36,7 @@ from trl import SFTConfig, SFTTrainer
 import loraplex
 from loraplex import AsLoraConfig, DualLoraConfig, MasaConfig, MultiLoraConfig, ScheduleCallback
 from loraplex.methods.aslora.shared import AsLoraShared
-from loraplex.tuner.schedule import schedules
+from loraplex.tuner.schedules import schedules
 
 # PEFT 0.21 and TRL 1.16 use names that transformers 5.23 calls activation_checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

@@ -34,14 +34,14 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     model, state = saved(tmp_path)
     shared = h.shared_state(model)
     # A B that was merged away keeps nothing.
-    kept = {name: dict(entries) for name, entries in shared._private_state.items() if entries}
+    kept = {name: dict(entries) for name, entries in shared.training_state.stored_here.items() if entries}
     assert {int(tensor) for key, tensor in state.items() if key.endswith("aslora_steps")} == {2}
-    shared._private_state = {}
+    shared.training_state.stored_here = {}
     loraplex.load_schedules(model, tmp_path)
-    assert kept.keys() == shared._private_state.keys()
+    assert kept.keys() == shared.training_state.stored_here.keys()
     for name, entries in kept.items():
-        assert shared._private_state[name]["aslora_steps"] == entries["aslora_steps"] == 2
-        assert torch.equal(shared._private_state[name]["aslora_average"], entries["aslora_average"])
+        assert shared.training_state.stored_here[name]["aslora_steps"] == entries["aslora_steps"] == 2
+        assert torch.equal(shared.training_state.stored_here[name]["aslora_average"], entries["aslora_average"])
 
 
 def change(ending: str, value: Callable[[Tensor], Tensor]) -> Callable[[State], None]:
@@ -91,11 +91,11 @@ def test_no_safetensors_file(content: bytes, tmp_path: Path) -> None:
 
 def _refused(model: Any, folder: Path, message: str) -> None:
     shared = h.shared_state(model)
-    before, kept = shared._private_state, copy.deepcopy(shared._private_state)
+    before, kept = shared.training_state.stored_here, copy.deepcopy(shared.training_state.stored_here)
     with pytest.raises(ValueError, match=message) as caught:
         loraplex.load_schedules(model, folder)
     assert "resume from an earlier one" in str(caught.value)
-    assert shared._private_state is before
+    assert shared.training_state.stored_here is before
     assert repr(before) == repr(kept)
 
 
@@ -106,5 +106,5 @@ def test_a_mark_of_earlier_versions_is_read_over(tmp_path: Path) -> None:
     loraplex.load_schedules(model, tmp_path)
     assert all(
         entries.keys() == {"aslora_steps", "aslora_average"}
-        for entries in h.shared_state(model)._private_state.values()
+        for entries in h.shared_state(model).training_state.stored_here.values()
     )

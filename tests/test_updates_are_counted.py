@@ -583,7 +583,7 @@ def _nothing_alive() -> Iterator[None]:
 def test_hooks_exist_while_a_schedule_does(method: str) -> None:
     from torch.optim import optimizer as torchs
 
-    if optimizer_steps._followers:
+    if optimizer_steps._subscribers:
         pytest.skip("another test's model is still alive")
     hooks = torchs._global_optimizer_pre_hooks, torchs._global_optimizer_post_hooks
     before = [dict(known) for known in hooks]

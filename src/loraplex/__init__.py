@@ -10,7 +10,8 @@ from loraplex.tuner.cache import clear_cache
 from loraplex.tuner.calibration import Calibration, calibrate
 from loraplex.tuner.finite import allow_nonfinite
 from loraplex.tuner.registry import add_adapter, load_adapter
-from loraplex.tuner.schedule import (
+from loraplex.tuner.schedule_callback import ScheduleCallback
+from loraplex.tuner.schedules import (
     load_schedules,
     restart_averages,
     save_schedules,
@@ -18,7 +19,6 @@ from loraplex.tuner.schedule import (
     set_total_steps,
     step,
 )
-from loraplex.tuner.schedule_callback import ScheduleCallback
 from loraplex.version import __version__
 
 patch_peft_conversion()

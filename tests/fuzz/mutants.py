@@ -23,7 +23,7 @@ from loraplex.export.plain_cache import PlainCache
 from loraplex.inspection import describe as inspect
 from loraplex.recipes.adapters import exporting
 from loraplex.recipes.config import run_config
-from loraplex.tuner import attempt, config, model, schedule
+from loraplex.tuner import attempt, config, model, training_state
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLinear
 from tests.fuzz import readers
@@ -168,7 +168,7 @@ def _any_training_state() -> None:
             found.setdefault(name, {})[key] = value
         return found
 
-    schedule.check_training_state = unchecked
+    training_state.check_training_state = unchecked
 
 
 def _cache_raises() -> None:

@@ -135,13 +135,17 @@ def read_schedules(draw: Draw, room: Room, result: Result, folder: Folder, targe
     except Exception as error:
         result.bad(f"loaded although {type(error).__name__}: {text_of(error)}")
         return
-    loaded = {f"{name}/{key}": torch.as_tensor(v) for name, e in shared._private_state.items() for key, v in e.items()}
+    loaded = {
+        f"{name}/{key}": torch.as_tensor(v)
+        for name, e in shared.training_state.stored_here.items()
+        for key, v in e.items()
+    }
     if {key: str(value.tolist()) for key, value in loaded.items()} != {
         key: str(value.tolist()) for key, value in tensors.items()
     }:
         result.bad("the schedule has other values than the file")
     parameters = dict(shared.named_parameters())
-    for name, entries in shared._private_state.items():
+    for name, entries in shared.training_state.stored_here.items():
         average, steps = entries.get("aslora_average"), entries.get("aslora_steps")
         if not (isinstance(steps, int) and steps >= 0 and isinstance(average, torch.Tensor)):
             result.bad(f"{name} keeps {steps!r} and a {type(average).__name__}")
@@ -151,7 +155,10 @@ def read_schedules(draw: Draw, room: Room, result: Result, folder: Folder, targe
 
 def _kept(shared: Any) -> str:
     return repr(
-        {name: {k: torch.as_tensor(v).tolist() for k, v in e.items()} for name, e in shared._private_state.items()}
+        {
+            name: {k: torch.as_tensor(v).tolist() for k, v in e.items()}
+            for name, e in shared.training_state.stored_here.items()
+        }
     )
 
 

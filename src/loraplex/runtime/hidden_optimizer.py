@@ -1,7 +1,7 @@
-"""Notices that a schedule's parameters are trained by an optimizer whose steps can't be seen.
+"""Notices that a schedule's parameters are trained by an optimizer whose steps can't be observed.
 
-Its schedule would stand still for ever: ASLoRA would never merge, Dual LoRA would train nothing. What gives such an
-optimizer away are its traces: the gradient is taken and reset, or the parameter changes, and no step was seen.
+The schedule would stand still for ever: ASLoRA would never merge, Dual LoRA would train nothing. Such an optimizer
+leaves traces: the gradient is reset, or the parameter changes, though no step was observed.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from loraplex.runtime.optimizer_steps import holds
 from loraplex.runtime.parallel import is_sharded, part
 
 MISSED_STEPS = 3
-"""Foreign optimizer steps, each after a backward pass through an adapter, that prove its own optimizer is hidden."""
+"""Steps of other optimizers, each after a backward pass through an adapter, that prove its own one is hidden."""
 RESETS = 8
-"""Times that the gradient was reset between two backward passes. Accumulation resets none."""
+"""Resets of the gradient between two backward passes that prove it. Gradient accumulation resets none."""
 CHANGES = 3
-"""Times that the parameter was found changed between two looks at it."""
+"""Changes of the parameter between two looks at it that prove it."""
 FIRST_LOOK = 8
-"""The backward pass at which the parameter's value is looked at first, then at twice as many, and so on: looking
-waits for the device."""
+"""The backward pass after which the parameter's value is first looked at; the next looks are after twice as many each.
+A look waits for the device."""
 BACKWARDS = 4096
-"""Backward passes without any optimizer step in sight; more than any gradient accumulation."""
+"""Backward passes without an observed optimizer step that prove it; more than any gradient accumulation makes."""
 
 
 class Watched(Protocol):
@@ -46,30 +46,30 @@ class Watched(Protocol):
         """Whether one of its trained parameters is among these ids."""
 
     def known_optimizers(self) -> Iterable[Optimizer]:
-        """The optimizers that were seen to step its parameters, as far as they live."""
+        """The optimizers that were seen to step its parameters, if they still exist."""
 
 
 class Watch:
-    """Follows the gradient of one parameter of a schedule."""
+    """Watches the gradient of one parameter of a schedule."""
 
     def __init__(self, owner: Watched) -> None:
         self._owner = weakref.ref(owner)
         self._handle: Any = None
         self._cdata = 0
         self.fresh = False
-        """Whether a backward pass went through the parameter since the last step was counted."""
+        """Whether a backward pass has reached the parameter since the last step was counted."""
         self.counted()
 
     def counted(self) -> None:
-        """A step was counted: what was seen before it is explained."""
+        """A step was counted, which explains all traces before it."""
         self.fresh = False
-        self._backwards = self._missed = self._resets = self._changes = 0
+        self._backwards = self._other_steps = self._resets = self._changes = 0
         self._version: int | None = None
         self._sample: Tensor | None = None
 
-    def follow(self, parameter: nn.Parameter) -> None:
+    def attach(self, parameter: nn.Parameter) -> None:
         """Watch `parameter` from now on; casts, loading and sharding may have put it in place of another."""
-        # By the hooks and not by a weak reference, for which torch would refuse to swap the parameter.
+        # Recognised by its hooks, not by a weak reference, for which torch would refuse to swap the parameter.
         hooks = parameter._post_accumulate_grad_hooks
         if self._handle is not None and hooks is not None and self._handle.hooks_dict_ref() is hooks:
             if self._cdata != parameter._cdata:
@@ -80,7 +80,7 @@ class Watch:
         if self._handle is not None:
             self._handle.remove()
         me = weakref.ref(self)
-        self._handle = parameter.register_post_accumulate_grad_hook(lambda p: _tell(me(), p))
+        self._handle = parameter.register_post_accumulate_grad_hook(lambda p: _backward_seen(me(), p))
         self._cdata = parameter._cdata
         self._version = self._sample = None
 
@@ -100,8 +100,9 @@ class Watch:
         if self._resets >= RESETS:
             self._raise(f"the gradient was reset {RESETS} times after a backward pass")
         if self._changes >= CHANGES:
-            # An optimizer that has never stepped is no excuse here: something else trains the parameter.
-            self._raise(f"the adapter's parameters changed in the course of {self._backwards} backward passes", True)
+            # An optimizer that has yet to step can't explain it: something else trains the parameter.
+            evidence = f"the adapter's parameters changed in the course of {self._backwards} backward passes"
+            self._raise(evidence, look_for_idle=False)
         if self._backwards > BACKWARDS:
             self._raise(f"{BACKWARDS} backward passes went by")
 
@@ -113,26 +114,26 @@ class Watch:
         self._sample = sample
 
     def note_version(self, parameter: nn.Parameter) -> None:
-        """A backward pass is over."""
+        """Note the gradient's version when a backward pass is over."""
         self._version = None if parameter.grad is None else parameter.grad._version
 
-    def missed(self) -> None:
-        """Some optimizer stepped that holds none of the schedule's parameters."""
+    def other_step(self) -> None:
+        """An optimizer has stepped that holds none of the schedule's parameters."""
         owner = self._owner()
         if self._backwards and owner is not None and not owner.finished():
             self._backwards = 0
-            self._missed += 1
-            if self._missed >= MISSED_STEPS:
+            self._other_steps += 1
+            if self._other_steps >= MISSED_STEPS:
                 self._raise(f"{MISSED_STEPS} optimizer steps went by after backward passes through the adapter")
 
-    def _raise(self, evidence: str, idle_ones: bool = False) -> None:
+    def _raise(self, evidence: str, look_for_idle: bool = True) -> None:
         self.counted()
         self.fresh = True
         owner = self._owner()
         if owner is None or owner.finished() or any(owner.is_held(holds(o)) for o in owner.known_optimizers()):
             return
-        # Only now, since it looks at every object there is: an optimizer that has yet to step is no hidden one.
-        if not idle_ones and any(issubclass(type(o), Optimizer) and owner.is_held(holds(o)) for o in gc.get_objects()):
+        # Last, since it looks at every object there is: an optimizer that has yet to step is not hidden.
+        if look_for_idle and any(issubclass(type(o), Optimizer) and owner.is_held(holds(o)) for o in gc.get_objects()):
             return
         raise RuntimeError(
             f"The schedule ({owner.describe()}) never advances: {evidence}, but no optimizer that holds the "
@@ -142,13 +143,13 @@ class Watch:
         )
 
 
-def _tell(watch: Watch | None, parameter: nn.Parameter) -> None:
+def _backward_seen(watch: Watch | None, parameter: nn.Parameter) -> None:
     if watch is not None:
         watch.backward_seen(parameter)
 
 
 def _after_backward(call: Callable[[], None]) -> None:
-    """Call at the end of the pass, when DDP has put reduced gradients in place: it waits for the first callbacks."""
+    """Call when the pass has ended and DDP has put reduced gradients in place, which it does in a first callback."""
     queue = Variable._execution_engine.queue_callback
     queue(lambda: queue(call))
 

@@ -1,8 +1,8 @@
-"""Tells schedules of every update that an optimizer makes to their parameters: once, whoever calls whom.
+"""Tells schedules of every step by which an optimizer updates their parameters, once for nested optimizers.
 
 torch calls a hook before and after the step of every optimizer. Optimizers may wrap others that hold the same
-parameters (Lookahead, ZeroRedundancyOptimizer), and a subclass may call the hooked step of its base class: an update is
-made when the outermost step that holds the parameters ends. The hooks exist while a schedule does.
+parameters (Lookahead, ZeroRedundancyOptimizer), and a subclass may call the hooked step of its base class. So an update
+is made when the outermost step that holds the parameters ends. The hooks are registered while any schedule exists.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
-class Follower(Protocol):
-    """What wants to be told of the steps that update its parameters."""
+class Subscriber(Protocol):
+    """A schedule, which is told of the steps that update its parameters."""
 
     def is_held(self, held: set[int]) -> bool:
         """Whether one of its trained parameters is among these ids."""
 
-    def saw_step(self, optimizer: Optimizer, inner: list[Optimizer], idle: bool) -> None:
+    def on_step(self, optimizer: Optimizer, inner: list[Optimizer], idle: bool) -> None:
         """An optimizer that holds its parameters has stepped.
 
         Args:
             optimizer: the outermost one that holds the parameters.
             inner: those that stepped inside its step and hold any of the parameters, the innermost first.
-            idle: the step changed nothing, unless a backward pass went before it: torch takes such a step to make an
+            idle: the step changed nothing, unless a backward pass went before it. torch takes such a step to create an
                 optimizer's state, into which it then loads a distributed checkpoint.
         """
 
-    def missed(self) -> None:
-        """An optimizer stepped that holds none of its parameters."""
+    def on_other_step(self) -> None:
+        """An optimizer has stepped that holds none of its parameters."""
 
 
-_followers: weakref.WeakSet[Any] = weakref.WeakSet()
+_subscribers: weakref.WeakSet[Any] = weakref.WeakSet()
 _handles: list[Any] = []
 
 
-def follow(follower: Follower) -> None:
-    """Tell `follower` of steps for as long as it lives; it is not kept alive."""
-    _followers.add(follower)
-    weakref.finalize(follower, _unfollow).atexit = False
+def subscribe(subscriber: Subscriber) -> None:
+    """Tell `subscriber` of steps for as long as it exists; this does not keep it alive."""
+    _subscribers.add(subscriber)
+    weakref.finalize(subscriber, _unsubscribe).atexit = False
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(_before_step))
         _handles.append(register_optimizer_step_post_hook(_after_step))
 
 
-def _unfollow() -> None:
-    # Looked through, not counted: the set may not have been told of this death yet.
-    if not list(_followers):
+def _unsubscribe() -> None:
+    # Listed, since len() may still count the subscriber that has just died.
+    if not list(_subscribers):
         while _handles:
             _handles.pop().remove()
 
@@ -66,13 +66,13 @@ class _Step:
 
     optimizer: Optimizer
     frame: FrameType | None
-    """torch's, which calls the step."""
+    """The frame of torch's wrapper, which calls the step."""
     inner: list[Optimizer] = field(default_factory=list)
     skipped: bool = False
     """Whether a step inside it was skipped by the gradient scaler, and none was taken."""
 
     def is_running(self) -> bool:
-        """Whether its frame is: an exception, or Ctrl-C in a notebook, ends a step without a hook."""
+        """Whether its frame is still executed: an exception, or Ctrl-C in a notebook, ends a step without a hook."""
         if self.frame is None:
             return True
         try:
@@ -116,14 +116,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None
     idle = no_closure and all(group.get("lr") == 0 for group in optimizer.param_groups)
     held = holds(optimizer)
     outer_held = [holds(other.optimizer) for other in running]
-    for follower in list(_followers):
-        if any(follower.is_held(others) for others in outer_held):
+    for subscriber in list(_subscribers):
+        if any(subscriber.is_held(others) for others in outer_held):
             continue
-        if follower.is_held(held):
-            inner = [other for other in step.inner if other is not optimizer and follower.is_held(holds(other))]
-            follower.saw_step(optimizer, inner, idle)
+        if subscriber.is_held(held):
+            inner = [other for other in step.inner if other is not optimizer and subscriber.is_held(holds(other))]
+            subscriber.on_step(optimizer, inner, idle)
         else:
-            follower.missed()
+            subscriber.on_other_step()
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

@@ -52,7 +52,7 @@ def add_weighted_adapter(
                 layer.factors(adapter_name).hold(*sums[id(layer)])  # type: ignore[union-attr]
         shared = shared_by(tuner.model, adapter_name)
         if shared is not None:
-            shared.follow([part for name in adapters if (part := shared_by(tuner.model, name)) is not None])
+            shared.share_like([part for name in adapters if (part := shared_by(tuner.model, name)) is not None])
 
     all_or_nothing(tuner, add)
 

@@ -1,4 +1,4 @@
-"""Schedules under `transformers.Trainer` and TRL, whose trainers take the callback by themselves."""
+"""Schedules under `transformers.Trainer` and TRL, whose trainers add the callback by themselves."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from loraplex.runtime.optimizer_steps import holds
-from loraplex.tuner.schedule import load_schedules, save_schedules, schedules, set_total_steps
+from loraplex.tuner.schedules import load_schedules, save_schedules, schedules, set_total_steps
 
 
 class ScheduleCallback(TrainerCallback):
     """For `transformers.Trainer` and TRL: gives schedules the run's length, checks that they end within it, advances
-    them under engines that hide the optimizer's parameters, and keeps their state in checkpoints where engines would
-    lose it. Elsewhere schedules need no callback.
+    them under engines that hide the optimizer's parameters, and saves their training state in checkpoints where engines
+    would lose it. In a loop of one's own, schedules need no callback.
 
     Args:
-        saves: whether it writes that state; False where something else calls `save_schedules`.
-        resume_from: the checkpoint that a run under FSDP2 or ZeRO resumes from, where that is in another folder than
-            `output_dir`: a trainer does not tell its callbacks.
+        saves: whether the callback writes the training state; False if something else calls `save_schedules`.
+        resume_from: the checkpoint from which a run under FSDP2 or ZeRO resumes, if it is not in `output_dir`: trainers
+            do not pass it to callbacks.
     """
 
     def __init__(self, saves: bool = True, resume_from: str | Path | None = None) -> None:
@@ -33,7 +33,7 @@ class ScheduleCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for _, shared in schedules(kwargs["model"]):
-            shared.told_by = self  # the last callback, which is the user's if there is one
+            shared.callback = self  # the last callback, which is the user's if there is one
         set_total_steps(kwargs["model"], state.max_steps)
         if state.global_step:
             load_schedules(kwargs["model"], self._resumed_from(args, state))
@@ -43,7 +43,7 @@ class ScheduleCallback(TrainerCallback):
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:
             return
         for _, shared in schedules(kwargs["model"]):
-            if shared.told_by in (None, self) and shared.is_trained() and not shared.is_held(holds(optimizer)):
+            if shared.callback in (None, self) and shared.is_trained() and not shared.is_held(holds(optimizer)):
                 shared.step()
         self._note_checkpoint(control, kwargs["model"])
 
@@ -53,15 +53,15 @@ class ScheduleCallback(TrainerCallback):
         self._note_checkpoint(control, kwargs["model"])
 
     def _note_checkpoint(self, control: TrainerControl, model: nn.Module) -> None:
-        """A checkpoint that is saved next, from which the run goes on, is no adapter that was left unfinished."""
+        """Note that the next save is a checkpoint from which the run goes on, not an adapter that is unfinished."""
         for _, shared in schedules(model):
             shared.in_checkpoint = control.should_save and not control.should_training_stop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for _, shared in schedules(kwargs["model"]):
             shared.in_checkpoint = False
-        told = all(shared.told_by in (None, self) for _, shared in schedules(kwargs["model"]))
-        if self.saves and told:
+        ours = all(shared.callback in (None, self) for _, shared in schedules(kwargs["model"]))
+        if self.saves and ours:
             save_schedules(kwargs["model"], _checkpoint(args, state))
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
@@ -72,13 +72,13 @@ class ScheduleCallback(TrainerCallback):
 
 
 class _ByDefault(ScheduleCallback):
-    """What trainers take that the user gave no `ScheduleCallback`; where there is one, it steps back."""
+    """The callback of trainers to which the user gave none. It does nothing beside a `ScheduleCallback` of theirs."""
 
 
 def join_trainers() -> None:
-    """Let every `transformers.Trainer` that is made from now on take the callback by itself.
+    """Have every `transformers.Trainer` that is created from now on add the callback by itself.
 
-    Called with the first adapter that has a schedule.
+    It is called for the first adapter that has a schedule.
     """
     from transformers import trainer  # half a second, which other adapters need not pay
 

@@ -115,7 +115,7 @@ class SharedFactors(Resident):
         """Module → its family and its place in it."""
         return {f.module_name: (name, i) for name, family in self._factors.items() for i, f in enumerate(family)}
 
-    def follow(self, others: list[SharedFactors]) -> None:
+    def share_like(self, others: list[SharedFactors]) -> None:
         """Share between layers as `others` do, for an adapter that holds their sum. Nothing by default."""
 
     def before_save(self, adapter_name: str) -> None:

@@ -90,7 +90,7 @@ class MergeMaps(Scheduled):
         getattr(self, f"{family}__merges")[1, -1] = steps
         self._map_is_read(family)
 
-    def follow(self, others: list[Any]) -> None:
+    def share_like(self, others: list[Any]) -> None:
         """Share a B between layers that share it in all of `others`."""
         for family in self.families:
             readers = list(zip(*(other.maps[family] for other in others), strict=True))

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class AsLoraShared(MergeMaps):
     """What the layers of one adapter share, and its merges: at steps t > T_s with (t − T_s) mod m = 0."""
 
-    kept: ClassVar[dict[str, bool]] = STATE_KEYS
+    state_keys: ClassVar[dict[str, bool]] = STATE_KEYS
     # The paper's values for MRPC, whose runs have 6900 steps.
     unknown_length: ClassVar[dict[str, int]] = {"merge_start_step": 320, "merge_interval": 240}
 
@@ -117,7 +117,7 @@ class AsLoraShared(MergeMaps):
         self.maps[family] = mapped
         self._map_is_read(family)
         gone = state_of(self.B(family, lower))
-        for key in self.kept:
+        for key in self.state_keys:
             gone.pop(key, None)
         self.averages.by_family[family].pop(lower)
         if self._merges_left(family) <= 0:
@@ -128,9 +128,7 @@ class AsLoraShared(MergeMaps):
     def restart_averages(self) -> None:
         """Begin averages and their count of steps anew; merges that were done stay."""
         self.averages = RunningAverages()
-        for state in self.kept_state():
-            for key in self.kept:
-                state.pop(key, None)
+        self.training_state.clear(dict(self.named_parameters()))
         for family in self.families:
             self._set_steps(family, 0)
 

@@ -28,7 +28,7 @@ from loraplex.recipes.training.zero import load_state, save_state
 from loraplex.runtime.out_of_memory import is_out_of_memory
 from loraplex.runtime.parallel import gathered_state_dict
 from loraplex.tuner.factors import Factors
-from loraplex.tuner.schedule import save_schedules
+from loraplex.tuner.schedules import save_schedules
 
 SCHEDULER_JSON = "scheduler.json"
 
