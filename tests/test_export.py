@@ -591,7 +591,7 @@ def gated(model: PeftModel) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("rank", [Rank(), Rank(exact=True), Rank(rank=2), Rank(max_error=0.5)], ids=str)
 def test_router_is_refused_without_calibration(rank: Rank, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"router.*depend on the input.*calibrate"):
+    with pytest.raises(ValueError, match=r"gates depend on the input.*calibrate"):
         export_lora(adapted("masa-router"), tmp_path / "out", rank=rank)
     assert not list(tmp_path.iterdir())
 

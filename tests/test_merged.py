@@ -503,7 +503,7 @@ def test_quantised_base(tmp_path: Path) -> None:
 
 def test_router_needs_calibration(tmp_path: Path) -> None:
     room = Room(tmp_path, "masa-router")
-    with pytest.raises(ValueError, match=r"router.*depend on the input.*calibrate"):
+    with pytest.raises(ValueError, match=r"gates depend on the input.*calibrate"):
         room.merge()
     assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
     gates = {}

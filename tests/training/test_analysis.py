@@ -16,7 +16,7 @@ from loraplex.commands.cli import main
 from loraplex.inspection import spectra as analysis
 from loraplex.inspection.plots import draw
 from loraplex.inspection.spectra import Analysis, Spectrum, analyse
-from loraplex.methods.masa.method import cka
+from loraplex.methods.masa.experts import cka
 
 
 def spectrum(*values: float) -> Spectrum:

@@ -18,6 +18,7 @@ from loraplex.tuner.calibration import gate_use
 from loraplex.tuner.factors import Factors
 from loraplex.tuner.families import layer_depth, role
 from loraplex.tuner.findings import Finding, as_dict, find
+from loraplex.tuner.gates import GatedFactors
 from loraplex.tuner.updates import PlainLora, Update, adapted
 
 EXACT_SIZE = 2048
@@ -110,7 +111,7 @@ def add_gate_use(analysis: Analysis, model: nn.Module, batches: Mapping[str, Ite
         batches: task → inputs for `model(**batch)`.
     """
     use = {task: gate_use(model, inputs) for task, inputs in batches.items()}
-    gated = next(m for m in model.modules() if isinstance(m, Factors) and m.depends_on_input)
+    gated = next(m for m in model.modules() if isinstance(m, GatedFactors) and m.depends_on_input)
     analysis.findings += gated.gate_findings(use)
 
 
@@ -135,10 +136,8 @@ def _of_factors(place: dict[str, Any], A: Tensor, B: Tensor, note: str = "") -> 
 
 def _spectrum(update: Update) -> Spectrum:
     place = _place(update.module_name)
-    if isinstance(update, Factors) and update.depends_on_input and update.mean_gate is None:
-        form = update.mean_form()
-        assert form is not None, "a method with gates writes mean_form"
-        return _of_factors(place, *form, "all gates equal")
+    if isinstance(update, GatedFactors) and update.depends_on_input and update.mean_gate is None:
+        return _of_factors(place, *update.mean_form(), "all gates equal")
     if (form := update.lora_form()) is not None:
         return _of_factors(place, *form)
     if min(update.out_features, update.in_features) <= EXACT_SIZE:

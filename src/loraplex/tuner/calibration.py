@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.tuner.factors import Factors
+from loraplex.tuner.gates import GatedFactors
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def set_mean_gates(model: nn.Module, gates: Mapping[str, Sequence[float]]) -> No
     Raises:
         ValueError: the gates are those of other modules, or of other numbers of parts.
     """
-    gated = {m.module_name: m for m in model.modules() if isinstance(m, Factors) and m.depends_on_input}
+    gated = {m.module_name: m for m in model.modules() if isinstance(m, GatedFactors) and m.depends_on_input}
     if apart := sorted(set(gated) ^ set(gates)):
         raise ValueError(
             f"The mean gates beside the adapter are not those of its modules ({', '.join(apart[:3])}, …): measure them "
@@ -88,10 +88,10 @@ def set_mean_gates(model: nn.Module, gates: Mapping[str, Sequence[float]]) -> No
         factors.mean_gate = torch.tensor(gates[name])
 
 
-def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[Factors, Tensor]:
-    gates: dict[Factors, Tensor] = {}
+def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[GatedFactors, Tensor]:
+    gates: dict[GatedFactors, Tensor] = {}
 
-    def add_gates(factors: Factors, x: Tensor) -> None:
+    def add_gates(factors: GatedFactors, x: Tensor) -> None:
         gates[factors] = gates.get(factors, 0) + factors.gates(x).double().sum(0)
 
     for batch in batches:
@@ -104,11 +104,11 @@ def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
     return {factors: total / total.sum() for factors, total in gates.items()}
 
 
-def _measure(model: nn.Module, batches: list[Mapping[str, Any]], gated: list[Factors]) -> Calibration:
-    squares: dict[Factors, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+def _measure(model: nn.Module, batches: list[Mapping[str, Any]], gated: list[GatedFactors]) -> Calibration:
+    squares: dict[GatedFactors, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
     missed = torch.zeros(2, dtype=torch.float64)
 
-    def add_squares(factors: Factors, x: Tensor) -> None:
+    def add_squares(factors: GatedFactors, x: Tensor) -> None:
         exact = factors.forward(x)
         squares[factors] += _squares(_with_mean_gates(factors, x) - exact, exact)
 
@@ -121,18 +121,16 @@ def _measure(model: nn.Module, batches: list[Mapping[str, Any]], gated: list[Fac
     return Calibration(means, {f.module_name: _ratio(pair) for f, pair in squares.items()}, _ratio(missed))
 
 
-def _with_mean_gates(factors: Factors, x: Tensor) -> Tensor:
-    form = factors.mean_form()
-    assert form is not None, "a method with gates writes mean_form"
-    A, B = form
+def _with_mean_gates(factors: GatedFactors, x: Tensor) -> Tensor:
+    A, B = factors.mean_form()
     return linear(linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
 def _outputs(
     model: nn.Module,
     batch: Mapping[str, Any],
-    see: Callable[[Factors, Tensor], None] | None = None,
-    instead: Callable[[Factors, Tensor], Tensor] | None = None,
+    see: Callable[[GatedFactors, Tensor], None] | None = None,
+    instead: Callable[[GatedFactors, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The model's outputs on the real tokens of `batch`.
 
@@ -146,12 +144,12 @@ def _outputs(
         # Layers of a dispatched model see x on devices of their own.
         return x[mask.to(x.device, torch.bool)] if fits else x.flatten(0, -2)  # type: ignore[union-attr]
 
-    def hook(factors: Factors, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+    def hook(factors: GatedFactors, args: tuple[Tensor], output: Tensor) -> Tensor | None:
         if see is not None:
             see(factors, real(args[0]))
         return instead(factors, args[0]) if instead is not None else None
 
-    gated = [m for m in model.modules() if isinstance(m, Factors) and m.depends_on_input]
+    gated = [m for m in model.modules() if isinstance(m, GatedFactors) and m.depends_on_input]
     handles = [factors.register_forward_hook(hook) for factors in gated]
     try:
         output = model(**batch)

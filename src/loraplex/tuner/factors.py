@@ -38,7 +38,6 @@ class Factors(Resident, ABC):
         self._check_size(config)
         self.lora_alpha = config.alpha(module_name)
         self.scaling = config.scaling(module_name)
-        self.depends_on_input = config.depends_on_input
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.add_parameters(config)
 
@@ -116,38 +115,11 @@ class Factors(Resident, ABC):
         """Sentences for a user who exports or merges this adapter."""
         return []
 
-    # Where ΔW depends on the input
-
-    def gates(self, x: Tensor) -> Tensor:
-        """The weights `(..., n)` of the parts of ΔW that x `(..., in)` calls for. They add up to 1.
-
-        Only called where the config says `depends_on_input`.
-        """
-        raise NotImplementedError
-
-    @property
-    def mean_gate(self) -> Tensor | None:
-        """The mean `(n,)` of the gates over calibration text, which merging and exporting use; None if not measured."""
-        return None
-
-    @mean_gate.setter
-    def mean_gate(self, gate: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def mean_form(self) -> tuple[Tensor, Tensor] | None:
-        """`lora_form` with the mean gates as they are; with equal gates where none were measured."""
-        return self.lora_form()
-
     # What inspection and budgets ask
 
     @classmethod
     def findings(cls, layers: Sequence[Any]) -> list[Finding]:
         """What is particular to the method in an adapter, of which `layers` are the factors of all layers."""
-        return []
-
-    @classmethod
-    def gate_findings(cls, use: dict[str, dict[str, list[float]]]) -> list[Finding]:
-        """What the gates tell that some tasks call for: task → module → mean gate of each part."""
         return []
 
     def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:

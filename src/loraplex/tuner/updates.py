@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from peft import LoraConfig
@@ -29,7 +28,6 @@ class PlainLora:
     module_name: str
     layer: LoraLayer
     adapter_name: str
-    depends_on_input: ClassVar[bool] = False
 
     @property
     def lora_A(self) -> Tensor:

@@ -10,58 +10,24 @@ The paper's abstract does not fix how the experts' outputs are combined; `expert
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.runtime.parallel import part
+from loraplex.methods.masa.experts import MasaShared, similarity_of_experts
 from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
-from loraplex.tuner.factors import Factors, kaiming_, wide
-from loraplex.tuner.families import Member
-from loraplex.tuner.findings import Finding, GateUse, Matrices
+from loraplex.tuner.factors import wide
+from loraplex.tuner.findings import Finding, GateUse
+from loraplex.tuner.gates import GatedFactors
 from loraplex.tuner.model import AdapterModel
-from loraplex.tuner.sharing import SharedFactors, read, select
+from loraplex.tuner.sharing import read, select
 
 
-class MasaShared(SharedFactors):
-    """The experts of each group of adjacent layers, stacked: A (n·r, in)."""
-
-    def add_shared(self, config: MasaConfig, families: dict[str, list[Member]]) -> None:  # type: ignore[override]
-        self.num_groups: dict[str, int] = {}
-        for name, family in families.items():
-            self.num_groups[name] = math.ceil(len(family) / config.group_size)
-            for start in range(0, len(family), config.group_size):
-                first = family[start].factors
-                A = torch.empty(config.num_experts * first.r, first.in_features)
-                group = start // config.group_size
-                self.register_parameter(f"{name}__lora_A_{group}", nn.Parameter(kaiming_(A, fan_in=A.shape[1])))
-
-    def all_A(self, family: str) -> list[nn.Parameter]:
-        """The experts of each group of a family."""
-        return [getattr(self, f"{family}__lora_A_{group}") for group in range(self.num_groups[family])]
-
-    @classmethod
-    def stored_readers(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
-    ) -> list[int] | None:
-        group = factor.rpartition("_")[2]
-        if not re.fullmatch(r"\d{1,6}", group, re.ASCII):
-            return None
-        size = config["share_layers"] or config["num_experts"]
-        return list(range(layers))[int(group) * size :][:size]
-
-    def read_by(self, factors: MasaFactors) -> list[nn.Parameter]:  # type: ignore[override]
-        return [self.get_parameter(factors.experts_name)]
-
-
-class MasaFactors(Factors):
+class MasaFactors(GatedFactors):
     """B_l, and with "router" R_l (n, in). A belongs to the group of layers."""
 
     shared: MasaShared
@@ -78,29 +44,6 @@ class MasaFactors(Factors):
         if self.mixing == "router":
             R = torch.zeros(self.num_experts, self.in_features)
             self.lora_router = nn.Parameter(R if config.init_weights else nn.init.normal_(R))
-        self._mean_gate: Tensor | None = None
-        self._calibrated = ""
-
-    @property
-    def mean_gate(self) -> Tensor | None:
-        """The router's mean gate `(n,)` on calibration text, or None. It belongs to the weights that are set with it:
-        merging and exporting refuse it once they have changed.
-        """
-        return self._mean_gate
-
-    @mean_gate.setter
-    def mean_gate(self, gate: Tensor | None) -> None:
-        if gate is not None and len(gate) != self.num_experts:
-            raise ValueError(f"{self.module_name} has {self.num_experts} experts, but {len(gate)} mean gates.")
-        self._mean_gate = gate
-        self._calibrated = "" if gate is None else self._digest()
-
-    def _digest(self) -> str:
-        """SHA-256 of what the gates depend on here, for any device and any dtype that holds the same values."""
-        digest = hashlib.sha256(repr(self.scaling).encode())
-        for factor in (getattr(self.shared, self.experts_name), self.lora_B, self.lora_router):
-            digest.update(part(factor).double().cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     @property
     def experts_name(self) -> str:
@@ -122,6 +65,10 @@ class MasaFactors(Factors):
     def experts(self) -> Tensor:
         """The group's experts as `(n, r, in)`."""
         return self.lora_A.view(self.num_experts, self.r, self.in_features)
+
+    @property
+    def num_gates(self) -> int:
+        return self.num_experts
 
     def gates(self, x: Tensor) -> Tensor:
         """softmax(R_l x): `(..., in)` → `(..., n)`."""
@@ -149,20 +96,18 @@ class MasaFactors(Factors):
         """[α/r · A; R] `(n·r + n, in)`: one GEMM for the experts and their gates."""
         return torch.cat([self.scaling * A, R])
 
-    def lora_form(self) -> tuple[Tensor, Tensor]:
-        self.check_mergeable()
-        return self.mean_form()
-
     def mean_form(self) -> tuple[Tensor, Tensor]:
-        """`lora_form` with the mean gates as they are, whatever weights they were measured on; else equal gates."""
         B, A = self.scaling * wide(self.lora_B), wide(self.lora_A)
         if self.mixing == "concat":
             return A, B
         gate = torch.ones(self.num_experts)
         if self.mixing == "router":
-            gate = gate / self.num_experts if self._mean_gate is None else self._mean_gate
+            gate = gate / self.num_experts if self.mean_gate is None else self.mean_gate
         # A sum, not an einsum: that would be a product, which some settings round to TF32.
         return (gate.to(A).view(-1, 1, 1) * A.view(self.num_experts, self.r, -1)).sum(0), B
+
+    def calibrated_tensors(self) -> list[Tensor]:
+        return [self.shared.get_parameter(self.experts_name), self.lora_B, self.lora_router]
 
     @torch.no_grad()
     def hold(self, A: Tensor, B: Tensor) -> None:
@@ -170,27 +115,9 @@ class MasaFactors(Factors):
         self.shared.get_parameter(self.experts_name).copy_(A)
         self.lora_B.copy_(B)
 
-    def check_mergeable(self) -> None:
-        if self.mixing == "router" and self.mean_gate is None:
-            raise ValueError(
-                'MASA with expert_mixing="router" has no constant ΔW: its gates depend on the input, so it can\'t be '
-                "merged exactly. Run loraplex.calibrate(model, batches) on text of your task first to merge with the "
-                'mean gates (an approximation, whose error it reports), or train with "sum" or "concat".'
-            )
-        if self.mixing == "router" and self._calibrated != self._digest():
-            raise ValueError(
-                f"The mean gates of {self.module_name} were measured on other weights: the adapter was trained, loaded "
-                "or cast since loraplex.calibrate. Run loraplex.calibrate(model, batches) again before merging or "
-                "exporting."
-            )
-
     @classmethod
     def findings(cls, layers: Sequence[MasaFactors]) -> list[Finding]:
-        groups = {layer.experts_name: layer for layer in layers}
-        similar = {name: cka(layer.experts()).tolist() for name, layer in groups.items()}
-        labels = {name: f"{layer.family}, group {name.rpartition('_')[2]}" for name, layer in groups.items()}
-        title = "MASA: linear CKA between experts"
-        return [Matrices("expert_similarity", title, "similarity of experts", similar, labels)]
+        return similarity_of_experts({f.experts_name: (f.family, f.experts()) for f in layers})
 
     @classmethod
     def gate_findings(cls, use: dict[str, dict[str, list[float]]]) -> list[Finding]:
@@ -208,14 +135,6 @@ class MasaFactors(Factors):
     @property
     def dropout_draws(self) -> int:
         return self.num_experts if self.mixing == "sum" else 1
-
-    def is_exact(self) -> bool:
-        return self.mixing != "router"
-
-    def notes(self) -> list[str]:
-        if self.is_exact():
-            return []
-        return ["The router's gates were replaced by their means over calibration text: an approximation."]
 
 
 @dataclass
@@ -279,15 +198,3 @@ class MasaModel(AdapterModel):
     """PEFT's handle on MASA."""
 
     prefix = "masa_"
-
-
-def cka(experts: Tensor) -> Tensor:
-    """Linear CKA between the experts Aᵢ `(n, r, in)`, without centring: ‖Aᵢ Aⱼᵀ‖² / (‖Aᵢ Aᵢᵀ‖ ‖Aⱼ Aⱼᵀ‖).
-
-    1 where two experts read the same directions with the same weights, 0 where theirs are orthogonal (Kornblith et
-    al. 2019).
-    """
-    A = experts.double()
-    cross = torch.einsum("iak,jbk->ijab", A, A).square().sum((-1, -2))
-    own = cross.diagonal().sqrt()
-    return cross / (own[:, None] * own[None, :]).clamp(min=1e-300)
