@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraplex.methods.dual_lora.method import DualLoraFactors
+from loraplex.methods.dual_lora.factors import DualLoraFactors
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 ORIGIN = {

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import helpers as h
 import loraplex
 from helpers import ARCHS, LAYERS, MERGEABLE, METHODS, PLAIN, adapted, config, fill, output, ready
-from loraplex.methods.dual_lora.method import DualLoraFactors
+from loraplex.methods.dual_lora.factors import DualLoraFactors
 from loraplex.tuner.bank import BANK
 from loraplex.tuner.families import layer_depth
 

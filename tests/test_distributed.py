@@ -34,7 +34,7 @@ from loraplex import (
     save_schedules,
 )
 from loraplex.methods.aslora.shared import AsLoraShared
-from loraplex.methods.dual_lora.method import DualLoraShared
+from loraplex.methods.dual_lora.warmup import DualLoraShared
 from loraplex.tuner.schedules import schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from loraplex import DualLoraConfig, loss_scale
+from loraplex.methods.dual_lora import factors as dual_lora
 from loraplex.methods.dual_lora import gated_linear as gated
-from loraplex.methods.dual_lora import method as dual_lora
 from loraplex.methods.dual_lora.gated_linear import gated_linear
-from loraplex.methods.dual_lora.method import Sign
+from loraplex.methods.dual_lora.sign import Sign
 from loraplex.numerics import products, rounding
 
 OUT, IN, R1, R2, SCALE = 37, 53, 3, 5, 0.7
@@ -167,7 +167,7 @@ def built(weight: Tensor, fs: tuple[Tensor, ...], scale: float, key: int | None 
     with pytest.MonkeyPatch.context() as patch:
         if key is not None:
             patch.setattr(rounding, "key", lambda *_: torch.tensor(key, dtype=torch.int32))
-        gated._fill(out, fs, torch.tensor(scale), weight)
+        gated.fill(out, fs, torch.tensor(scale), weight)
     return out
 
 
@@ -271,8 +271,8 @@ def test_nan_and_infinity_come_through(dtype):
 def test_forward_and_backward_round_alike(monkeypatch):
     """dx of a one-hot dY is a row of the matrix that forward used."""
     seen = []
-    fill = gated._fill
-    monkeypatch.setattr(gated, "_fill", lambda out, *rest: (fill(out, *rest), seen.append(out.clone()))[0])
+    fill = gated.fill
+    monkeypatch.setattr(gated, "fill", lambda out, *rest: (fill(out, *rest), seen.append(out.clone()))[0])
     fs = tuple(f.requires_grad_() for f in factors())
     x = drawn(OUT, IN, seed=5, dtype=torch.bfloat16).requires_grad_()
     y = gated_linear(x, fs, torch.tensor(1e-3), drawn(OUT, IN, seed=6, dtype=torch.bfloat16), None)

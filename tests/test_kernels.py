@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loraplex.methods.dual_lora import kernels
+from loraplex.methods.dual_lora import kernels, launch
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -84,12 +84,12 @@ def built(
     """Rounded with `key`, or to the nearest value."""
     out = torch.full((len(fs[1]), fs[0].shape[1]), float("nan"), dtype=dtype, device=DEVICE)
     seed = None if key is None or dtype == torch.float32 else torch.tensor(key, device=DEVICE)
-    kernels.build_with(out, weight, *fs, scale, seed, dtype)
+    launch.build_with(out, weight, *fs, scale, seed, dtype)
     return out
 
 
 def gradients(G: Tensor, fs: tuple[Tensor, ...], scale: Tensor, bound: float = 1.0) -> tuple[Tensor, ...]:
-    return kernels.gradients(G, *fs, scale, number(bound))
+    return launch.gradients(G, *fs, scale, number(bound))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -139,7 +139,7 @@ def test_build_with_any_strides() -> None:
     scale, weight = number(1.7), random(50, 65, dtype=torch.float16).T
     out = torch.zeros(100, 65, device=DEVICE)
     views = (A.T.contiguous().T, B.T.contiguous().T, C.repeat_interleave(2, 0)[::2], D.repeat_interleave(2, 1)[:, ::2])
-    kernels.build(out[::2].T, weight, *views, scale)
+    launch.build(out[::2].T, weight, *views, scale)
     torch.testing.assert_close(out[::2].T.double(), twin(weight, A, B, C, D, scale), **rounding(torch.float32))
     assert not out[1::2].any()
 
@@ -215,7 +215,7 @@ def test_without_an_update_the_sum_is_the_nearest_weight(dtype: torch.dtype, wid
     weight[0, 20:24] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-11, -1 - 3 * 2**-11])
     weight = weight if wide else weight.to(dtype)
     out = torch.empty(17, 40, dtype=dtype, device=DEVICE)
-    kernels.build(out, weight, *factors(17, 40, 3, 5), number(0.0))
+    launch.build(out, weight, *factors(17, 40, 3, 5), number(0.0))
     assert torch.equal(out, weight.to(dtype))
 
 
@@ -225,7 +225,7 @@ def test_keys_differ_between_layers_and_after_each_change() -> None:
     fs, weight = factors(65, 130, 3, 5), random(65, 130)
 
     def key(weight: Tensor, *fs: Tensor) -> int:
-        return int(kernels.key_of(weight, *fs))
+        return int(launch.key_of(weight, *fs))
 
     found = {key(weight, *fs), key(weight, *fs), key(weight.T.contiguous().T, *fs)}
     assert len(found) == 1
@@ -236,7 +236,7 @@ def test_keys_differ_between_layers_and_after_each_change() -> None:
     half = weight.to(torch.float16)
     outs = [torch.empty_like(half) for _ in range(3)]
     for out, factor in zip(outs, (1, 1, 1.0001), strict=True):
-        kernels.build(out, half, A, B * factor, C, D, number(1e-3))
+        launch.build(out, half, A, B * factor, C, D, number(1e-3))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
     assert torch.equal(outs[0], built(torch.float16, half, fs, number(1e-3), key(half, *fs)))
@@ -286,7 +286,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @runs
 def test_gradients_are_those_of_autograd() -> None:
     """The twin's gradients, and Sign's in the method, are one thing; also where s is negative."""
-    from loraplex.methods.dual_lora.method import Sign
+    from loraplex.methods.dual_lora.sign import Sign
 
     G = random(33, 65)
     for s in (1.7, -0.6):
@@ -342,7 +342,7 @@ def compiled(
     """As at a launch on contiguous matrices of a size that 16 divides, those whose strides are named in `unit`."""
     function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
     constants = {"R1": rank, "R2": rank, "DTYPE": getattr(triton.language, NAMES[dtype]), **config.kwargs}
-    constants |= {"SAMPLE": kernels._SAMPLE} | ({"key": None} if dtype == "fp32" else {})
+    constants |= {"SAMPLE": launch._SAMPLE} | ({"key": None} if dtype == "fp32" else {})
     constants |= {name: 1 for name in function.arg_names if name in unit.split()}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     dtypes = dict.fromkeys(("A", "B", "C", "D", "scale", "bound", "dB", "dD"), "*fp32") | {"key": "*i64"}
@@ -353,7 +353,7 @@ def compiled(
         if name not in constants:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **kernels._OPTIONS}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **launch._OPTIONS}
     return triton.compile(source, target=target, options=options)
 
 

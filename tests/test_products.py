@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import helpers as h
 from helpers import MERGEABLE, adapted
 from loraplex import DualLoraConfig, export_lora
-from loraplex.inspection import spectra as analysis
 from loraplex.methods.dual_lora import gated_linear as gated
+from loraplex.methods.dual_lora.closed_gates import closed_and_negative
 from loraplex.numerics import lowrank, products
 from loraplex.numerics.products import add_product_, product
 
@@ -129,7 +129,7 @@ def test_signs_of_dual_lora(rounded: Rounded, form: str) -> None:
     assert torch.allclose(dA, torch.full((1, 8), 6 * own.scaling), rtol=0.01)
     assert torch.equal(own.delta_weight().sign(), K.expand(6, 8))
     assert torch.equal(own.by_rows()(slice(2, 4)).sign(), K.expand(2, 8))
-    assert analysis._gates(own) == (0, 0.5)
+    assert closed_and_negative(own.matrices) == (0, 0.5)
     model.merge_adapter()
     assert torch.equal(model.base_model.model[0].base_layer.weight.sign(), K.expand(6, 8))
 
