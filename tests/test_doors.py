@@ -894,7 +894,9 @@ def test_warning_that_most_of_an_update_is_lost(how: str, caplog: pytest.LogCapt
             model.merge_adapter()
         else:
             model.merge_and_unload(safe_merge=how == "unload safely")
-    assert [(record.name, record.levelname) for record in caplog.records] == [("loraplex.tuner.model", "WARNING")]
+    assert [(record.name, record.levelname) for record in caplog.records] == [
+        ("loraplex.tuner.model_merging", "WARNING")
+    ]
     message = caplog.records[0].getMessage()
     assert "most of the update of 1 of 10 modules" in message
     assert f"{small}, relative error {model.base_model.merge_errors[small]:.2f}" in message

@@ -21,7 +21,7 @@ from loraplex.io.reading import yaml_text
 from loraplex.numerics.lowrank import randomized_svd, svd_of_product
 from loraplex.tuner.config import AdapterConfig, check_count
 from loraplex.tuner.finite import check_finite, is_finite
-from loraplex.tuner.model import tied_layers
+from loraplex.tuner.model_merging import tied_layers
 from loraplex.tuner.updates import ROOT, Update, adapted, difference
 
 

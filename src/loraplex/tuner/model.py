@@ -1,31 +1,27 @@
-"""The tuner: puts adapter layers into a model and reads and writes adapters, for all methods alike."""
+"""The tuner: puts adapter layers into a model, switches, saves and loads adapters, for all methods alike."""
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.io.field_types import shown
 from loraplex.io.reading import message_of
-from loraplex.runtime.packing import guard, release
+from loraplex.runtime.packing import guard
 from loraplex.runtime.placement import refuse_loaded_with_parent
 from loraplex.tuner.attempt import Attempt, all_or_nothing, running
-from loraplex.tuner.bank import BANK, find_bank, link, shared_by
+from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLinear
@@ -41,6 +37,8 @@ from loraplex.tuner.load_checks import (
     warn_of_nonfinite,
     weights_of,
 )
+from loraplex.tuner.mixed_batches import passed_down
+from loraplex.tuner.model_merging import MergingModel
 from loraplex.tuner.schedule import Scheduled
 from loraplex.tuner.schedule_callback import join_trainers
 from loraplex.tuner.sharing import SharedFactors
@@ -49,11 +47,8 @@ from loraplex.tuner.updates import ROOT
 logger = logging.getLogger(__name__)
 
 
-class AdapterModel(BaseTuner):
+class AdapterModel(MergingModel):
     """Abstract tuner. A method subclasses it once, to name its prefix; every subclass can host every method."""
-
-    merge_errors: dict[str, float]
-    """Of the last merge: module → ‖W′ − W − ΔW‖_F / ‖ΔW‖_F, where W′ is what the base stores."""
 
     # The bank is a tuner layer too: switching and deleting adapters must reach it.
     tuner_layer_cls = BaseTunerLayer
@@ -72,10 +67,10 @@ class AdapterModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Adapt the targets of `peft_config[adapter_name]`, and tie what they share.
+        """Adapt the targets of `peft_config[adapter_name]`, and link what they share.
 
-        Not in PEFT's injection hooks: those run for the first adapter only, and a second one would not share.
-        Where it is known what will be loaded, that is checked first. On an error the model is left as it was.
+        PEFT's injection hooks would not do: they run for the first adapter only, and a second one would not share.
+        If it is known what will be loaded, that is checked first. On an error the model is left as it was.
         """
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         for attempt in running():
@@ -95,7 +90,7 @@ class AdapterModel(BaseTuner):
         except BaseException as error:
             self.peft_config.pop(adapter_name, None)
             if isinstance(error, ValueError):
-                # PEFT's messages repeat what a config says, however long that is.
+                # PEFT's messages repeat a config's values, however long they are.
                 error.args = (message_of(error),)
             raise
 
@@ -105,7 +100,7 @@ class AdapterModel(BaseTuner):
         """Check on the meta device whether `weights` fit the adapter: a config may ask for more than memory holds.
 
         Returns:
-            Keys in the model of what will be loaded.
+            The keys in the model of the tensors that will be loaded.
         """
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         raw = read_tensors(weights, config.method) if isinstance(weights, str) else weights
@@ -131,7 +126,7 @@ class AdapterModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except TypeError as error:
-            # PEFT takes a name for the end of any module's name, and then refuses lists of modules and adapted layers.
+            # PEFT takes a name as the end of any module's name, and then refuses lists of modules and adapted layers.
             if not config.modules_to_save:
                 raise
             raise ValueError(
@@ -155,13 +150,6 @@ class AdapterModel(BaseTuner):
             refuse_loaded_with_parent(self)
         return super().train(mode)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version copies the child's weight and bias, which a head of several modules does not have; layers of
-        # ours take their device when an adapter is added.
-        setattr(parent, child_name, new_module)
-        if isinstance(child, AdapterLinear) and child.merged:
-            self.merge_errors[child.module_name] = child.merge_error
-
     def _create_and_replace(
         self,
         peft_config: AdapterConfig,  # type: ignore[override]
@@ -175,7 +163,7 @@ class AdapterModel(BaseTuner):
         layer = target if isinstance(target, AdapterLinear) else self._wrap(target, parent, current_key)
         factors = peft_config.factors_cls(peft_config, current_key, layer.in_features, layer.out_features)
         layer.add_adapter(adapter_name, peft_config, factors)
-        # Makes the parameters of inactive adapters untrainable.
+        # This makes the parameters of inactive adapters untrainable.
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -202,74 +190,6 @@ class AdapterModel(BaseTuner):
             )
         return AdapterLinear(target, name, **quantization)
 
-    # Merging
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; on an error no layer stays merged.
-
-        `merge_errors` tells afterwards what rounding to the base's dtype, or quantising again, cost each module.
-        """
-        with self._merging(adapter_names):
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        self.merge_errors = {layer.module_name: layer.merge_error for layer in self._layers() if layer.merged}
-        _warn_of_loss(self.merge_errors)
-
-    def _unload_and_optionally_merge(  # type: ignore[override]
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        self.merge_errors = {}
-        merged = merge
-        if merge and (safe_merge or any(layer.quantization_backend is not None for layer in self._layers())):
-            # Either can fail at any layer, so all are merged before one is replaced; a failure half-way would leave a
-            # torn model.
-            self.merge_adapter(adapter_names, safe_merge)
-            merge = False
-        with self._merging(adapter_names if merge else []):
-            untied = [layer for layer in self._layers() if layer.untied]
-            model: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
-                merge, progressbar, safe_merge, adapter_names
-            )
-        model._modules.pop(BANK, None)
-        if not merged:
-            # Of a merged model the guard keeps what it stores: it is most often evaluated and then saved.
-            release(model)
-        if untied and self.get_model_config(model).get("tie_word_embeddings"):
-            # PEFT says and does the same, but only where it merges layer by layer.
-            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-            warnings.warn(
-                "Input and output embeddings are no longer tied after merging. Setting `tie_word_embeddings=False` in "
-                "the model config.",
-                stacklevel=3,
-            )
-        if merge:
-            _warn_of_loss(self.merge_errors)
-        return model
-
-    def _layers(self) -> list[AdapterLinear]:
-        return [module for module in self.model.modules() if isinstance(module, AdapterLinear)]
-
-    @contextmanager
-    def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
-        """Check first that all layers can merge, give tied ones a weight of their own; on an error unmerge all."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        for layer in self._layers():
-            layer.check_mergeable(names)
-        for tied in tied_layers(self.model):
-            if isinstance(tied, AdapterLinear) and any(tied.factors(name) is not None for name in names):
-                tied.untie()
-        try:
-            yield
-        except Exception:
-            self.unmerge_adapter()
-            raise
-
-    def _check_merge_allowed(self) -> None:
-        """Nothing: PEFT's version warns of merging into tied weights, which get a copy of their own here."""
-
     # Switching
 
     def add_weighted_adapter(
@@ -292,12 +212,12 @@ class AdapterModel(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Whether PEFT's `convert_to_lora` can convert this adapter, or the active ones; PEFT asks for "default"."""
+        """Whether PEFT's `convert_to_lora` can convert this adapter; without a name, the active ones."""
         names = self.active_adapters if adapter_name is None else [adapter_name]
         return all(layer.supports_lora_conversion(name) for layer in self._layers() for name in names)
 
     def shared(self, adapter_name: str) -> SharedFactors | None:
-        """What the layers of `adapter_name` share, or None."""
+        """The shared factors of `adapter_name`, or None."""
         return shared_by(self.model, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -308,7 +228,7 @@ class AdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` (one per example) down to the layers, for one forward or generate."""
+        """Pass `adapter_names` (one per example) down to the layers, for one forward or generate."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
             yield
@@ -317,22 +237,8 @@ class AdapterModel(BaseTuner):
             raise ValueError("adapter_names works for inference only: call model.eval() first.")
         if unknown := sorted({*adapter_names} - {*self.peft_config, "__base__"}):
             raise ValueError(f"adapter_names asks for {unknown}; this model has {sorted(self.peft_config)}.")
-        beams = kwargs.get("num_beams") or 1
-        # generate repeats each example once per beam, except in the encoder.
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = {*self.model.get_encoder().modules()} if _is_encoder_decoder(self.model) else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_adapter_names, names=adapter_names if module in encoder else repeated), with_kwargs=True
-            )
-            for module in self.model.modules()
-            if isinstance(module, (AdapterLinear, AuxiliaryTrainingWrapper))
-        ]
-        try:
+        with passed_down(self.model, adapter_names, kwargs.get("num_beams") or 1):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # Saving and loading
 
@@ -373,41 +279,8 @@ class AdapterModel(BaseTuner):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Before any module below takes a tensor: a checkpoint whose schedule is broken should change nothing.
+        # Check before any module below takes a tensor: a checkpoint with a broken schedule should change nothing.
         for adapter_name in self.peft_config:
             for inner, shared in shared_with_prefix(self, adapter_name):
                 shared.check_loaded(state_dict, prefix + inner)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _warn_of_loss(errors: dict[str, float]) -> None:
-    """Say where merging kept less than half of an update."""
-    lost = {name: error for name, error in errors.items() if not error <= 0.5}  # NaN too
-    if lost:
-        worst = max(lost, key=lost.__getitem__)
-        logger.warning(
-            "Merging lost most of the update of %d of %d modules: the base's weights are stored too coarsely for "
-            "changes this small (worst: %s, relative error %.2f). Merge into a float32 base, or serve the adapter "
-            "unmerged.",
-            len(lost),
-            len(errors),
-            worst,
-            errors[worst],
-        )
-
-
-def tied_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """Adapted layers whose weight is a parameter of another module too, such as a head tied to the embedding."""
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    layers = (m for m in model.modules() if isinstance(m, (AdapterLinear, LoraLayer)) and not m.quantization_backend)
-    return [layer for layer in layers if uses[id(layer.weight)] > 1]
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]
-) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -25,7 +25,7 @@ from loraplex.recipes.models.loading import DTYPES, base_folder, load_tokenizer
 from loraplex.recipes.prepare import uses_chat
 from loraplex.recipes.progress import note
 from loraplex.tuner.calibration import Calibration, calibrate, set_mean_gates
-from loraplex.tuner.model import tied_layers
+from loraplex.tuner.model_merging import tied_layers
 from loraplex.tuner.updates import adapted
 
 _CALIBRATION_EXAMPLES = 64
