@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -166,6 +167,17 @@ def test_command_line(room, tmp_path, capsys):
     budgets = json.loads(capsys.readouterr().out)["budgets"]
     assert set(budgets) == {METHOD, "lora"}
     assert budgets[METHOD]["method"] == "TIEDLORA"
+
+
+def test_a_new_process_is_told_what_to_import(tmp_path):
+    """Nothing has imported the class there: without a word from the user it can't be said who shares what."""
+    adapted().save_pretrained(tmp_path / "own")
+    command = [sys.executable, "-m", "loraplex", "inspect", str(tmp_path / "own"), "--json"]
+    refused = subprocess.run(command, capture_output=True, text=True, cwd=HERE, check=False)
+    assert refused.returncode == 2
+    assert "--allow-code module:Class" in refused.stderr
+    allowed = subprocess.run([*command, "--allow-code", METHOD], capture_output=True, text=True, cwd=HERE, check=True)
+    assert {row["factor"] for row in json.loads(allowed.stdout)["shared"]} == {"lora_A", "lora_B"}
 
 
 def test_study(room, tmp_path, capsys):

@@ -582,6 +582,10 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
         from loraplex.recipes.config.arguments import config_class
 
         config_class(args.method)
+    if args.allow_code:
+        from loraplex.recipes.adapters.saved import import_allowed
+
+        import_allowed(args.allow_code)
     description = describe(args.adapter)
     if args.against is not None:
         description.against = _compare(args.adapter, args.against, typed, args.allow_code)

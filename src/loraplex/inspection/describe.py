@@ -168,6 +168,12 @@ def _add_shared(description: Description, shared: dict[str, Tensor], config: dic
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(description.method)  # type: ignore[call-overload]
     kind = cls.shared_cls if cls is not None and issubclass(cls, AdapterConfig) else None
     if kind is None:
+        if shared:
+            raise ValueError(
+                f"The adapter shares factors between layers, and its type {shown(description.method)} is not known "
+                "here, so it can't be said which: import the module that registers the type first (on the command "
+                "line: --allow-code module:Class)."
+            )
         return
     description.findings = kind.stored_findings(shared)
     depths = Counter(role(row.module, config.get("layers_pattern")) for row in description.modules)

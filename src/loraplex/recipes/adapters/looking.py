@@ -18,7 +18,7 @@ from loraplex.recipes.adapters.saved import (
     load_on_skeleton,
     run_of,
 )
-from loraplex.recipes.config.arguments import config_class, method_of
+from loraplex.recipes.config.arguments import config_class
 from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.prepare import load_data
 from loraplex.tuner.config import AdapterConfig
@@ -50,17 +50,15 @@ def analyse_adapter(
     Raises:
         ConfigError: `with_data` without such gates, or without a run.yaml that says what data to use.
     """
-    kind = adapter_json(adapter)["peft_type"]
-    gated = kind != "LORA" and gated_config(adapter, method_of(kind)) is not None
-    with_data = gated if with_data is None else with_data
-    if with_data and not gated:
-        raise ConfigError(f"{adapter} has no gates that depend on the data: leave --with-data out.")
-    if kind == "LORA":
+    if adapter_json(adapter)["peft_type"] == "LORA":
+        _check_gated(adapter, with_data, gated=False)
         return analyse_lora(str(adapter))
-    option = "a run.yaml beside it" if with_data else None
-    run = run_of(adapter, None, [], list(overrides), data_option=option, allow_code=allow_code)
-    if not with_data:
+    run = run_of(adapter, None, [], list(overrides), data_option=None, allow_code=allow_code)
+    gated = gated_config(adapter, run.method) is not None
+    _check_gated(adapter, with_data, gated)
+    if not (gated if with_data is None else with_data):
         return analyse(load_on_skeleton(adapter, run, labels_of(adapter, run)))
+    run = run_of(adapter, None, [], list(overrides), "a run.yaml beside it", allow_code)
     tokenizer, tasks = load_data(run)
     model = load_adapted(adapter, run, labels_of(adapter, run))
     analysis, batches = analyse(model), {}
@@ -71,3 +69,8 @@ def analyse_adapter(
         batches[task.name] = list(batches_of(rows.select_columns(kept), run, tokenizer, model.device))
     add_gate_use(analysis, model, batches)
     return analysis
+
+
+def _check_gated(adapter: Path, with_data: bool | None, gated: bool) -> None:
+    if with_data and not gated:
+        raise ConfigError(f"{adapter} has no gates that depend on the data: leave --with-data out.")

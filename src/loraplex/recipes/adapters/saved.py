@@ -57,10 +57,7 @@ def run_of(
     if not adapter.is_dir():
         raise ConfigError(f"adapter {adapter} is not a folder: give the folder that holds adapter_config.json.")
     check_adapter_files(str(adapter))
-    for name in allow_code:
-        if ":" not in name:
-            raise ConfigError(f"--allow-code {name}: write module:Class, as in the run's method.")
-        config_class(name)
+    import_allowed(allow_code)
     beside = _beside(adapter, RUN_NAME)
     path = run_file or beside
     known = run_file is not None or path.is_file()
@@ -80,6 +77,18 @@ def run_of(
     if run_file is None:
         _check_code(run, path, {*given}, allow_code)
     return run
+
+
+def import_allowed(allow_code: Sequence[str]) -> None:
+    """Import the methods `module:Class` that the user allows by name, which register themselves.
+
+    Raises:
+        ConfigError: a name is not of this form, or there is no such class.
+    """
+    for name in allow_code:
+        if ":" not in name:
+            raise ConfigError(f"--allow-code {name}: write module:Class, as in the run's method.")
+        config_class(name)
 
 
 def _check_code(run: RunConfig, path: Path, typed: set[str], allow_code: Sequence[str]) -> None:
