@@ -25,6 +25,7 @@ from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLinear
+from loraplex.tuner.left_out import asks_for_all, warn_of_left_out
 from loraplex.tuner.load_checks import (
     check_config,
     check_none_lost,
@@ -75,6 +76,7 @@ class AdapterModel(MergingModel):
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         for attempt in running():
             attempt.ours = True
+        everything = asks_for_all(config)
         put = partial(self._put, model, adapter_name, autocast_adapter_dtype, state_dict=state_dict)
 
         def change() -> None:
@@ -87,6 +89,8 @@ class AdapterModel(MergingModel):
             weights = weights_of(config)
             keys = [] if weights is None else self._rehearse(model, adapter_name, put, weights)
             all_or_nothing(model, change)
+            if everything:
+                warn_of_left_out(model, config)
         except BaseException as error:
             self.peft_config.pop(adapter_name, None)
             if isinstance(error, ValueError):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.methods.dual_lora import tiles
-from loraplex.methods.dual_lora.gated_linear import compute_dtype, gated_linear
 from loraplex.methods.dual_lora.closed_gates import closed_and_negative, gates_and_signs
+from loraplex.methods.dual_lora.gated_linear import compute_dtype, gated_linear
 from loraplex.methods.dual_lora.sign import Sign
 from loraplex.methods.dual_lora.tiles import delta_weight, has_kernels, rows_of
 from loraplex.methods.dual_lora.warmup import DualLoraShared
