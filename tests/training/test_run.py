@@ -18,7 +18,7 @@ from loraplex.commands.cli import main
 from loraplex.recipes.config.arguments import training_arguments
 from loraplex.recipes.config.run_config import load_run
 from loraplex.recipes.data.encode import encode_training
-from loraplex.recipes.prepare import load_data
+from loraplex.recipes.prepare import PreparedRun
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -180,7 +180,8 @@ def test_plain_text_where_the_tokenizer_has_a_chat_template(room, tmp_path):
     text = {}
     for chat in ("true", "false"):
         run = load_run(write_run(room, tmp_path / chat, "masa"), [("train.chat", chat == "true")])
-        tokenizer, (task,) = load_data(run)
+        prepared = PreparedRun(run)
+        tokenizer, (task,) = prepared.tokenizer, prepared.tasks
         for part in (task.train, task.eval):
             (row, *_) = encode_training(tokenizer, part, 64).to_list()
             text[chat] = tokenizer.decode(row["input_ids"])

@@ -368,22 +368,24 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
     from loraplex.recipes.config.arguments import adapter_config, check_train
     from loraplex.recipes.config.run_config import load_run, parse_overrides, to_yaml
 
-    run = load_run(args.run, parse_overrides(overrides))
-    check_train(run)
+    config = load_run(args.run, parse_overrides(overrides))
+    check_train(config)
     if args.dry_run:
-        adapter_config(run)
-        print(to_yaml(run), end="")
+        adapter_config(config)
+        print(to_yaml(config), end="")
         return 0
     from loraplex.commands.report import print_summary
+    from loraplex.recipes.prepare import PreparedRun
     from loraplex.recipes.progress import is_main, note
     from loraplex.recipes.training.checkpoints import RUN_NAME, checkpoints
     from loraplex.recipes.training.run import train
 
-    resuming = f"continue with: loraplex train {Path(run.output_dir) / RUN_NAME} --resume"
+    run = PreparedRun(config, resume=args.resume)
+    resuming = f"continue with: loraplex train {run.output_dir / RUN_NAME} --resume"
     try:
-        result = train(run, resume=args.resume)
+        result = train(run)
     except KeyboardInterrupt:
-        if not checkpoints(Path(run.output_dir)):
+        if not checkpoints(run.output_dir):
             raise
         note(f"\nstopped at once\n{resuming}")
         return 130
@@ -406,30 +408,33 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
 
     quiet()
     from loraplex.commands.report import print_metrics
-    from loraplex.recipes.adapters.saved import evaluate_adapter, run_of
+    from loraplex.recipes.adapters.saved import evaluate_adapter, open_adapter
     from loraplex.recipes.config.run_config import parse_overrides
 
     if args.harness is None:
         if args.harness_path or args.limit or args.fewshot or args.chat:
             raise ValueError("--harness-path, --limit, --fewshot and --chat belong to --harness: name its tasks.")
-        run = run_of(args.adapter, args.run, args.data, parse_overrides(overrides), allow_code=args.allow_code)
-        report = evaluate_adapter(args.adapter, run, args.base, "test" if args.test else "eval")
+        adapter = open_adapter(
+            args.adapter, args.run, args.data, parse_overrides(overrides), allow_code=args.allow_code
+        )
+        report = evaluate_adapter(adapter, args.base, "test" if args.test else "eval")
     else:
         from loraplex.recipes.adapters.harness import Harness, evaluate_by_harness
 
         if args.data or args.test:
             raise ValueError("--harness brings its own data: leave --data and --test out.")
         given = parse_overrides(overrides)
-        run = run_of(args.adapter, args.run, [], given, data_option=None, allow_code=args.allow_code)
+        adapter = open_adapter(args.adapter, args.run, [], given, data_option=None, allow_code=args.allow_code)
         for option, value, least in (("--limit", args.limit, 1), ("--fewshot", args.fewshot, 0)):
             if value is not None and not least <= value < 2**31:
                 raise ValueError(f"{option} {value}: give at least {least}.")
         harness = Harness(args.harness.split(","), args.harness_path, args.limit, args.fewshot, args.chat)
-        report = evaluate_by_harness(args.adapter, run, harness, args.base)
+        report = evaluate_by_harness(adapter, harness, args.base)
+    config = adapter.run.config
     if args.json:
-        _print_json({"adapter": str(args.adapter), "model": run.model, "method": run.method, "tasks": report})
+        _print_json({"adapter": str(args.adapter), "model": config.model, "method": config.method, "tasks": report})
     else:
-        print_metrics(report, f"{args.adapter} on {run.model}")
+        print_metrics(report, f"{args.adapter} on {config.model}")
     return 0
 
 
@@ -456,11 +461,11 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
     quiet()
     from loraplex.commands.report import print_export
     from loraplex.recipes.adapters.exporting import ExportJob, export_adapter, remember
-    from loraplex.recipes.adapters.saved import run_of
+    from loraplex.recipes.adapters.saved import open_adapter
     from loraplex.recipes.config.run_config import parse_overrides
     from loraplex.tuner.finite import allow_nonfinite
 
-    run = run_of(
+    adapter = open_adapter(
         args.adapter,
         args.run,
         [],
@@ -477,7 +482,7 @@ def _write_export(args: argparse.Namespace, overrides: list[str], **settings: An
         **settings,
     )
     with allow_nonfinite() if args.allow_nonfinite else nullcontext():
-        export, calibration = export_adapter(args.adapter, run, job)
+        export, calibration = export_adapter(adapter, job)
     if args.remember:
         remember(args.adapter, job, calibration)
     if args.json:
@@ -602,10 +607,10 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> int:
     quiet()
     from loraplex.commands.report import print_analysis
     from loraplex.inspection.plots import draw
-    from loraplex.recipes.adapters.looking import analyse_adapter
+    from loraplex.recipes.adapters.looking import analyse_folder
 
     typed += [] if args.method is None else [("method", args.method)]
-    analysis = analyse_adapter(args.adapter, args.with_data, typed, args.allow_code)
+    analysis = analyse_folder(args.adapter, args.with_data, typed, args.allow_code)
     written = draw(analysis, args.plots)
     if args.json:
         _print_json({**description.to_dict(), "analysis": analysis.to_dict(), "plots": [str(path) for path in written]})
@@ -620,10 +625,10 @@ def _compare(exported: Path, source: Path, typed: list[tuple[str, Any]], allow_c
 
     quiet()
     from loraplex.export.lora_format import compare
-    from loraplex.recipes.adapters.saved import labels_of, load_on_skeleton, run_of
+    from loraplex.recipes.adapters.saved import open_adapter
 
-    run = run_of(source, None, [], typed, data_option=None, allow_code=allow_code)
-    return compare(exported, load_on_skeleton(source, run, labels_of(source, run)))
+    adapter = open_adapter(source, None, [], typed, data_option=None, allow_code=allow_code)
+    return compare(exported, adapter.load_on_skeleton())
 
 
 def _print_json(value: dict[str, Any]) -> None:

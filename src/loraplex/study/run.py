@@ -23,7 +23,7 @@ from tqdm import tqdm
 from loraplex.recipes.config.arguments import training_arguments
 from loraplex.recipes.config.run_config import ConfigError, RunConfig, build_run
 from loraplex.recipes.models.loading import load_skeleton
-from loraplex.recipes.prepare import load_data
+from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.progress import note, progress
 from loraplex.recipes.training.lock import locked
 from loraplex.recipes.training.metrics import METRICS_NAME, read_rows, write_atomic
@@ -129,15 +129,15 @@ def prepare(study: StudyConfig) -> State:
 
 def _check_data(run: RunConfig, task: str) -> list[str] | None:
     """Names of a classifier's classes, once every data set is seen to have what a study needs."""
-    _, tasks = load_data(run)
-    for found in tasks:
+    prepared = PreparedRun(run)
+    for found in prepared.tasks:
         for part in ("eval", "test"):
             if getattr(found, part) is None:
                 what = "learning rates are chosen on it" if part == "eval" else "methods are compared on it"
                 raise ConfigError(
                     f"tasks.{task}: data set {found.name!r} has no {part} part, and {what}: set {part}_size."
                 )
-    return list(tasks[0].label_names) or None
+    return prepared.class_names
 
 
 def run_study(state: State, jobs: int | None = None) -> State:

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from loraplex.inspection.spectra import Analysis
 from loraplex.io.reading import read_json
 from loraplex.recipes.adapters.looking import analyse_adapter, is_known
-from loraplex.recipes.adapters.saved import labels_of, load_adapted
-from loraplex.recipes.config.run_config import RunConfig, build_run
+from loraplex.recipes.adapters.saved import SavedAdapter
+from loraplex.recipes.config.run_config import build_run
 from loraplex.recipes.console import quiet
 from loraplex.recipes.data.encode import Answer
 from loraplex.recipes.data.examples import cell as cell_of
 from loraplex.recipes.data.rows import read_rows as read_data
 from loraplex.recipes.evaluation import log_likelihoods
-from loraplex.recipes.prepare import load_base, load_data, make_evaluators
+from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.training.checkpoints import checkpoints
 from loraplex.recipes.training.memory import explain, is_out_of_memory
 from loraplex.recipes.training.metrics import METRICS_NAME, read_rows, write_atomic
@@ -56,13 +56,13 @@ def work(folder: Path, environment: dict[str, str], threads: int) -> None:
 def main(folder: Path) -> int:
     """Do what the folder's job says; returns the exit code: 0, 1 where the cell failed, 128 + signal."""
     job = read_json(folder / JOB_NAME, dict)
-    run = build_run(job["run"], str(folder / JOB_NAME))
+    run = PreparedRun(build_run(job["run"], str(folder / JOB_NAME)), resume=bool(checkpoints(folder)))
     _end_with_parent()
     quiet()
     (folder / FAILED_NAME).unlink(missing_ok=True)
     try:
         if not job["base"] and not _trained(folder):
-            result = train(run, resume=bool(checkpoints(folder)))
+            result = train(run)
             if result.signal is not None:
                 return 128 + result.signal
         for checkpoint in checkpoints(folder):
@@ -70,7 +70,7 @@ def main(folder: Path) -> int:
         if job["test"] and not (folder / TEST_NAME).is_file():
             _test(folder, run, job["base"], job["general_text"])
         if job["test"] and not job["base"] and not (folder / ANALYSIS_NAME).is_file():
-            write_atomic(folder / ANALYSIS_NAME, json.dumps(_analysis(folder, run)) + "\n")
+            write_atomic(folder / ANALYSIS_NAME, json.dumps(_analysis(SavedAdapter(folder, run))) + "\n")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -84,7 +84,7 @@ def _trained(folder: Path) -> bool:
     return bool(rows) and rows[-1]["event"] == "end"
 
 
-def _write_failure(folder: Path, run: RunConfig, error: Exception) -> None:
+def _write_failure(folder: Path, run: PreparedRun, error: Exception) -> None:
     known = isinstance(error, (ValueError, OSError))
     message = explain(run, error) if is_out_of_memory(error) else str(error) if known else repr(error)
     # A run that diverged diverges again; anything else may be tried again.
@@ -105,36 +105,39 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _test(folder: Path, run: RunConfig, base: bool, general_text: dict[str, Any] | None) -> None:
+def _test(folder: Path, run: PreparedRun, base: bool, general_text: dict[str, Any] | None) -> None:
     """Score every test example, and write the scores first: test.json says that all is there."""
-    tokenizer, tasks = load_data(run)
-    model: Any = load_base(run, tasks) if base else load_adapted(folder, run, labels_of(folder, run))
+    evaluators = run.evaluators("test")
+    model: Any = run.load_base() if base else SavedAdapter(folder, run).load()
     if torch.cuda.is_available():
         model.to("cuda")
     found, tensors = {}, dict[str, Tensor]()
-    for name, evaluator in make_evaluators(run, tasks, tokenizer, "test").items():
+    for name, evaluator in evaluators.items():
         scores = evaluator.scores(model, "test")
         tensors |= {f"{name}/{key}": values.contiguous() for key, values in scores.items()}
         found[name] = evaluator.summary(scores)
     report: dict[str, Any] = {"tasks": found}
     if general_text is not None:
         spec = GeneralText.model_validate(general_text)
-        report["general_text"] = _loss_on_text(spec, model, tokenizer, run.train.max_length, evaluator.batch_size)
+        report["general_text"] = _loss_on_text(
+            spec, model, run.tokenizer, run.config.train.max_length, evaluator.batch_size
+        )
     temporary = folder / f".{SCORES_NAME}.{os.getpid()}.tmp"
     save_file(tensors, temporary)
     os.replace(temporary, folder / SCORES_NAME)
     write_atomic(folder / TEST_NAME, json.dumps(report, indent=2) + "\n")
 
 
-def _analysis(folder: Path, run: RunConfig) -> dict[str, Any]:
+def _analysis(adapter: SavedAdapter) -> dict[str, Any]:
+    method = adapter.run.config.method
     try:
-        if not is_known(folder, run.method):
-            return Analysis(run.method).to_dict()
-        return analyse_adapter(folder, None, [("method", run.method)]).to_dict()
+        if not is_known(adapter.folder, method):
+            return Analysis(method).to_dict()
+        return analyse_adapter(adapter).to_dict()
     except Exception as error:
         # The scores stand: the report says what is missing beside them.
         traceback.print_exc()
-        return Analysis(run.method).to_dict() | {"error": f"not analysed: {error}"}
+        return Analysis(method).to_dict() | {"error": f"not analysed: {error}"}
 
 
 @torch.no_grad()

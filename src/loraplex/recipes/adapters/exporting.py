@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +18,9 @@ from loraplex.export.servers import PORTABLE
 from loraplex.export.wish import WEIGHTS_NAME, Wish, sha256_of
 from loraplex.io.files import check_target, place_of, replaced_folder
 from loraplex.io.reading import expanded
-from loraplex.recipes.adapters.saved import data_entry, gated_config, labels_of, load_adapted, load_on_skeleton
-from loraplex.recipes.config.run_config import ConfigError, RunConfig, build_run
-from loraplex.recipes.data.encode import encode_texts, encode_training
-from loraplex.recipes.data.tasks import load_task
-from loraplex.recipes.models.loading import DTYPES, base_folder, load_tokenizer
-from loraplex.recipes.prepare import uses_chat
+from loraplex.recipes.adapters.saved import SavedAdapter, data_entry, gated_config
+from loraplex.recipes.config.run_config import ConfigError, build_run
+from loraplex.recipes.models.loading import DTYPES, base_folder
 from loraplex.recipes.progress import note
 from loraplex.tuner.calibration import Calibration, calibrate, set_mean_gates
 from loraplex.tuner.model_merging import tied_layers
@@ -50,32 +48,30 @@ class ExportJob:
     force: bool = False
 
 
-def export_adapter(
-    adapter: Path, run: RunConfig, job: ExportJob
-) -> tuple[LoraExport | MergedExport, Calibration | None]:
+def export_adapter(adapter: SavedAdapter, job: ExportJob) -> tuple[LoraExport | MergedExport, Calibration | None]:
     """Export a saved adapter. For a LoRA, only gates that depend on the input need the base model's weights.
 
     Raises:
         ConfigError: the calibration data is missing, superfluous or can't be used.
         ValueError: the target is not empty, or the adapter can't be exported as asked.
     """
+    config = adapter.run.config
     check_target(job.target, job.force)
-    _check_sources(job.target, [adapter, expanded(run.model)])
-    _check_calibration(adapter, run.method, job.calibration is not None)
-    labels = labels_of(adapter, run)
-    found = None if job.calibration is None else _calibrate(adapter, run, labels, job.calibration)
-    model = load_on_skeleton(adapter, run, labels)
+    _check_sources(job.target, [adapter.folder, expanded(config.model)])
+    _check_calibration(adapter.folder, config.method, job.calibration is not None)
+    found = None if job.calibration is None else _calibrate(adapter, job.calibration)
+    model = adapter.load_on_skeleton()
     if found is not None:
         set_mean_gates(model, found.gates)
     dtype = _dtype(job)
     if job.format == "lora":
         return export_lora(model, job.target, engine=job.engine, rank=job.rank, dtype=dtype, force=job.force), found
-    base = base_folder(run.model, **run.source)
+    base = base_folder(config.model, **config.source)
     try:
         return merge_checkpoint(model, base, job.target, dtype=dtype, safe=job.safe, force=job.force), found
     except OtherLayout as layout:
         note(f"{layout}: merging in memory")
-    return _merge_in_memory(adapter, run, labels, job, found), found
+    return _merge_in_memory(adapter, job, found), found
 
 
 def remember(adapter: Path, job: ExportJob, calibration: Calibration | None) -> None:
@@ -85,11 +81,9 @@ def remember(adapter: Path, job: ExportJob, calibration: Calibration | None) -> 
     Wish(job.rank.rank, job.rank.max_error, job.rank.exact, gates, weights).write(adapter)
 
 
-def _merge_in_memory(
-    adapter: Path, run: RunConfig, labels: list[str] | None, job: ExportJob, calibration: Calibration | None
-) -> MergedExport:
+def _merge_in_memory(adapter: SavedAdapter, job: ExportJob, calibration: Calibration | None) -> MergedExport:
     """For checkpoints that only transformers can read: one model in memory, merged in place."""
-    model = load_adapted(adapter, run, labels, dtype="auto").eval()
+    model = adapter.load(dtype="auto").eval()
     if calibration is not None:
         set_mean_gates(model, calibration.gates)
     layers = adapted(model, "default")
@@ -108,7 +102,7 @@ def _merge_in_memory(
         plain.config.tie_word_embeddings = False
     with replaced_folder(job.target) as folder:
         (plain if dtype is None else plain.to(dtype)).save_pretrained(folder)
-        load_tokenizer(run.model, **run.source).save_pretrained(folder)
+        adapter.run.tokenizer.save_pretrained(folder)
     return MergedExport(str(job.target), modules, notes)
 
 
@@ -139,15 +133,14 @@ def _check_calibration(adapter: Path, method: str, given: bool) -> None:
         raise ConfigError(f"{adapter} has no gates that depend on the input: leave --calibration out.")
 
 
-def _calibrate(adapter: Path, run: RunConfig, labels: list[str] | None, data: list[str]) -> Calibration:
-    tokenizer = load_tokenizer(run.model, **run.source)
+def _calibrate(adapter: SavedAdapter, data: list[str]) -> Calibration:
+    run = adapter.run
     if data:
-        run = run.model_copy(update={"data": build_run(
-            {**run.model_dump(), "data": [data_entry(text) for text in data]}, "--calibration"
-        ).data})  # fmt: skip
-    model = load_adapted(adapter, run, labels).eval()
-    chat = uses_chat(run, tokenizer)
-    tasks = [load_task(spec, run.train.seed, run.task, chat) for spec in run.data]
+        given = {**run.config.model_dump(), "data": [data_entry(text) for text in data]}
+        tasks = [run.read(spec) for spec in build_run(given, "--calibration").data]
+    else:
+        tasks = run.tasks
+    model = adapter.load().eval()
     count = max(2, _CALIBRATION_EXAMPLES // len(tasks))
     seen: list[dict[str, Any]] = []
     held_out: list[dict[str, Any]] = []
@@ -157,16 +150,15 @@ def _calibrate(adapter: Path, run: RunConfig, labels: list[str] | None, data: li
         cut = len(rows) if task.eval is not None else len(rows) - max(1, len(rows) // 4)
         rest = rows.select(range(cut, len(rows))) if task.eval is None else task.eval
         rest = rest.select(range(min(max(1, count // 4), len(rest))))
-        seen += batches_of(rows.select(range(max(1, cut))), run, tokenizer, model.device)
-        held_out += batches_of(rest, run, tokenizer, model.device)
+        seen += batches_of(run.encode(rows.select(range(max(1, cut)))), run.tokenizer, model.device)
+        held_out += batches_of(run.encode(rest), run.tokenizer, model.device)
     note(f"calibrating on {len(seen)} batches, measuring on {len(held_out)} held-out ones")
     return calibrate(model, seen, held_out)
 
 
-def batches_of(rows: Any, run: RunConfig, tokenizer: PreTrainedTokenizerBase, device: Any) -> Iterator[dict[str, Any]]:
-    """Inputs for `model(**batch)` from a task's rows."""
-    encode = encode_training if run.task == "sft" else encode_texts
-    rows = encode(tokenizer, rows, run.train.max_length).remove_columns("labels")
+def batches_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, device: Any) -> Iterator[dict[str, Any]]:
+    """Inputs for `model(**batch)` from encoded rows, padded on the right."""
+    rows = rows.remove_columns("labels")
     for start in range(0, len(rows), _BATCH):
         batch = [rows[index] for index in range(start, min(start + _BATCH, len(rows)))]
         padded = tokenizer.pad(batch, return_tensors="pt", padding_side="right")

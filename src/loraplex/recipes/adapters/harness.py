@@ -11,10 +11,9 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from loraplex.recipes.adapters.saved import load_adapted
-from loraplex.recipes.config.run_config import ConfigError, RunConfig
+from loraplex.recipes.adapters.saved import SavedAdapter
+from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.evaluation import Metrics
-from loraplex.recipes.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,37 +30,36 @@ class Harness:
     """Whether prompts go through the tokenizer's chat template."""
 
 
-def evaluate_by_harness(
-    adapter: Path, run: RunConfig, harness: Harness, with_base: bool
-) -> dict[str, dict[str, Metrics]]:
+def evaluate_by_harness(adapter: SavedAdapter, harness: Harness, with_base: bool) -> dict[str, dict[str, Metrics]]:
     """task → {"base": metrics, "adapted": metrics}, with the harness's names of tasks and metrics.
 
     Raises:
         ConfigError: the adapter is a classifier's, the folder does not exist, or the harness knows no such task.
     """
-    if run.task != "sft":
-        raise ConfigError(f"{adapter} is a classifier: the harness measures language models; leave --harness out.")
+    config, folder = adapter.run.config, adapter.folder
+    if config.task != "sft":
+        raise ConfigError(f"{folder} is a classifier: the harness measures language models; leave --harness out.")
     if harness.path is not None and not harness.path.is_dir():
         raise ConfigError(f"--harness-path {harness.path} is not a folder: give the folder of your task files.")
     manager = TaskManager(include_path=None if harness.path is None else str(harness.path))
     if unknown := [task for task in harness.tasks if not manager.match_tasks([task])]:
         raise ConfigError(f"lm-evaluation-harness knows no task {', '.join(unknown)}: see lm_eval ls tasks.")
-    tokenizer = load_tokenizer(run.model, **run.source)
-    model = load_adapted(adapter, run, None)
+    tokenizer, batch_size = adapter.run.tokenizer, config.train.per_device_eval_batch_size
+    model = adapter.load()
     report: dict[str, dict[str, Metrics]] = {}
     for name in ["base", "adapted"] if with_base else ["adapted"]:
         if name == "base":
             with model.disable_adapter():
-                found = _results(model, tokenizer, run, harness, manager)
+                found = _results(model, tokenizer, batch_size, harness, manager)
         else:
-            found = _results(model, tokenizer, run, harness, manager)
+            found = _results(model, tokenizer, batch_size, harness, manager)
         for task, metrics in found.items():
             report.setdefault(task, {})[name] = metrics
     return report
 
 
-def _results(model: Any, tokenizer: Any, run: RunConfig, harness: Harness, manager: TaskManager) -> dict[str, Metrics]:
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.train.per_device_eval_batch_size)
+def _results(model: Any, tokenizer: Any, batch_size: int, harness: Harness, manager: TaskManager) -> dict[str, Metrics]:
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results: Any = simple_evaluate(
         lm,
         tasks=list(harness.tasks),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from dataclasses import dataclass
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, load_peft_weights
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from loraplex.export.plain_settings import check_plain
 from loraplex.io.field_types import shown
@@ -20,23 +21,73 @@ from loraplex.io.reading import message_of, read_json
 from loraplex.recipes.config.arguments import config_class, method_of
 from loraplex.recipes.config.run_config import ConfigError, RunConfig, build_run, parse_yaml, read_yaml, set_key
 from loraplex.recipes.evaluation import Evaluator, Metrics
-from loraplex.recipes.models.loading import load_model, load_skeleton
-from loraplex.recipes.prepare import load_data, make_evaluators
+from loraplex.recipes.models.loading import load_skeleton
+from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.progress import note
 from loraplex.recipes.training.checkpoints import LABELS_NAME, RUN_NAME
 from loraplex.tuner.adapter_files import check_adapter_files, read_settings
 from loraplex.tuner.config import AdapterConfig
 
 
-def run_of(
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A saved adapter's folder, with the run that the adapter comes from."""
+
+    folder: Path
+    run: PreparedRun
+
+    @cached_property
+    def class_names(self) -> list[str] | None:
+        """The classes that a classifier's adapter was trained on, in order; None for a language model's."""
+        return _class_names(self.folder) if self.run.config.task == "classification" else None
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether a file beside the adapter lists its classes."""
+        return _beside(self.folder, LABELS_NAME).is_file()
+
+    def load(self, class_names: list[str] | None = None, dtype: str | None = None) -> PeftModel:
+        """The base model with the adapter on it.
+
+        Args:
+            class_names: of a classifier; None takes those that it was trained on.
+            dtype: of the base weights; None takes the run's.
+
+        Raises:
+            ConfigError: the adapter does not fit the base model.
+        """
+        # A classifier's fresh head is the one that training began with.
+        base = self.run.load_base(class_names or self.class_names, dtype)
+        if torch.cuda.is_available():
+            base.to("cuda")
+        note(f"loading {self.folder}")
+        return _adapted(base, self.folder, self.run.config)
+
+    def load_on_skeleton(self) -> PeftModel:
+        """The adapter on its base model's modules, whose weights stay on the meta device.
+
+        Raises:
+            ConfigError: the adapter does not fit the base model.
+        """
+        config = self.run.config
+        skeleton = load_skeleton(config.model, config.task, label_names=self.class_names, **config.source)
+        model = _adapted(skeleton, self.folder, config, low_cpu_mem_usage=True)
+        if isinstance(model.peft_config["default"], LoraConfig):
+            _load_lora_factors(model, self.folder, config.model)
+        marks = ("_factors.", "_shared.", ".lora_")
+        _of_one_dtype([p for name, p in model.named_parameters() if any(mark in name for mark in marks)])
+        return model
+
+
+def open_adapter(
     adapter: Path,
     run_file: Path | None,
     data: list[str],
     overrides: list[tuple[str, Any]],
     data_option: str | None = "--data",
     allow_code: Sequence[str] = (),
-) -> RunConfig:
-    """The run behind an adapter: `run_file`, or the `run.yaml` beside the adapter, or what its config says.
+) -> SavedAdapter:
+    """A saved adapter with its run: `run_file`, or the `run.yaml` beside the adapter, or what its config says.
 
     Only what the user typed may name code that is run. `run_file` and `overrides` are typed. What lies in the adapter's
     folder may come from anywhere: a `run.yaml` that asks for code is refused unless an override or `allow_code` names
@@ -76,7 +127,7 @@ def run_of(
     run = build_run(tree, str(path) if known else "adapter_config.json", set(given))
     if run_file is None:
         _check_code(run, path, {*given}, allow_code)
-    return run
+    return SavedAdapter(adapter, PreparedRun(run))
 
 
 def import_allowed(allow_code: Sequence[str]) -> None:
@@ -159,44 +210,19 @@ def data_entry(text: str) -> dict[str, Any]:
     return entry
 
 
-def load_adapted(adapter: Path, run: RunConfig, label_names: list[str] | None, dtype: str | None = None) -> PeftModel:
-    """The run's base model, in the run's dtype or another, with the saved adapter on it.
-
-    Raises:
-        ConfigError: the adapter does not fit the base model.
-    """
-    note(f"loading {run.model} and {adapter}")
-    set_seed(run.train.seed)  # a classifier's fresh head is the one that training began with
-    base = load_model(run.model, run.task, label_names=label_names, dtype=dtype or run.dtype, **run.source)
-    if torch.cuda.is_available():
-        base.to("cuda")  # type: ignore[arg-type]
-    return _adapted(base, adapter, run)
-
-
-def load_on_skeleton(adapter: Path, run: RunConfig, label_names: list[str] | None) -> PeftModel:
-    """The saved adapter on its base model's modules, whose weights stay on the meta device.
-
-    Raises:
-        ConfigError: the adapter does not fit the base model.
-    """
-    skeleton = load_skeleton(run.model, run.task, label_names=label_names, **run.source)
-    model = _adapted(skeleton, adapter, run, low_cpu_mem_usage=True)
-    if isinstance(model.peft_config["default"], LoraConfig):
-        # PEFT's own layers follow their base to the meta device, and lose their values there.
-        state = {
-            key.replace(".weight", ".default.weight"): tensor
-            for key, tensor in load_peft_weights(str(adapter), device="cpu").items()
-            if ".lora_" in key
-        }
-        try:
-            model.load_state_dict(state, strict=False, assign=True)
-        except RuntimeError as error:  # of another shape
-            raise ConfigError(f"{adapter} does not fit {run.model}: {message_of(error)}") from error
-        if missing := [name for name, p in model.named_parameters() if ".lora_" in name and p.is_meta]:
-            raise ConfigError(f"{adapter} lacks {', '.join(missing[:3])}: copy or download the adapter again.")
-    marks = ("_factors.", "_shared.", ".lora_")
-    _of_one_dtype([p for name, p in model.named_parameters() if any(mark in name for mark in marks)])
-    return model
+def _load_lora_factors(model: PeftModel, adapter: Path, base: str) -> None:
+    """Load a plain LoRA's factors again: PEFT's own layers follow their base to the meta device and lose them there."""
+    state = {
+        key.replace(".weight", ".default.weight"): tensor
+        for key, tensor in load_peft_weights(str(adapter), device="cpu").items()
+        if ".lora_" in key
+    }
+    try:
+        model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # of another shape
+        raise ConfigError(f"{adapter} does not fit {base}: {message_of(error)}") from error
+    if missing := [name for name, p in model.named_parameters() if ".lora_" in name and p.is_meta]:
+        raise ConfigError(f"{adapter} lacks {', '.join(missing[:3])}: copy or download the adapter again.")
 
 
 def _of_one_dtype(factors: list[nn.Parameter]) -> None:
@@ -207,8 +233,8 @@ def _of_one_dtype(factors: list[nn.Parameter]) -> None:
             factor.data = factor.data.to(wide)
 
 
-def _adapted(base: PreTrainedModel, adapter: Path, run: RunConfig, **options: Any) -> PeftModel:
-    config_class(run.method)  # a method from the user's own module is registered by its import
+def _adapted(base: PreTrainedModel, adapter: Path, config: RunConfig, **options: Any) -> PeftModel:
+    config_class(config.method)  # a method from the user's own module is registered by its import
     adapter_json(adapter)
     try:
         return PeftModel.from_pretrained(base, str(adapter), **options)
@@ -217,14 +243,11 @@ def _adapted(base: PreTrainedModel, adapter: Path, run: RunConfig, **options: An
     except Exception as error:
         # PEFT checks little of a config before it computes with it: a broken one ends in any kind of error.
         raise ConfigError(
-            f"{adapter} does not fit {run.model}: {message_of(error)}. Give its own base model with --model."
+            f"{adapter} does not fit {config.model}: {message_of(error)}. Give its own base model with --model."
         ) from error
 
 
-def labels_of(adapter: Path, run: RunConfig) -> list[str] | None:
-    """The classes that a classifier's adapter was trained on, in order."""
-    if run.task != "classification":
-        return None
+def _class_names(adapter: Path) -> list[str]:
     path = _beside(adapter, LABELS_NAME)
     if not path.is_file():
         raise ConfigError(f"{path} is missing: write the classes into it, in order, as a JSON list.")
@@ -235,26 +258,22 @@ def labels_of(adapter: Path, run: RunConfig) -> list[str] | None:
 
 
 def evaluate_adapter(
-    adapter: Path, run: RunConfig, with_base: bool, part: Literal["eval", "test"] = "eval"
+    adapter: SavedAdapter, with_base: bool, part: Literal["eval", "test"] = "eval"
 ) -> dict[str, dict[str, Metrics]]:
     """task → {"base": metrics, "adapted": metrics}, on the part that was held out for evaluation or for the test.
 
     Raises:
         ConfigError: no task holds examples out, or the data's classes are not those of the adapter.
     """
-    tokenizer, tasks = load_data(run)
-    label_names = list(tasks[0].label_names) or None
-    if label_names and _beside(adapter, LABELS_NAME).is_file() and labels_of(adapter, run) != label_names:
-        raise ConfigError(f"the data has the classes {label_names}, the adapter {labels_of(adapter, run)}.")
-    evaluators = make_evaluators(run, tasks, tokenizer, part)
+    names = adapter.run.class_names
+    if names and adapter.names_classes and adapter.class_names != names:
+        raise ConfigError(f"the data has the classes {names}, the adapter {adapter.class_names}.")
+    evaluators = adapter.run.evaluators(part)
     if not evaluators:
         keys = ", ".join(f"{part}_{name}" for name in ("fraction", "size", "split"))
         raise ConfigError(f"data: nothing is held out: set {keys} or {part}_path.")
-    model = load_adapted(adapter, run, label_names)
-    report = {}
-    for name, evaluator in evaluators.items():
-        report[name] = _base_and_adapted(model, evaluator, with_base)
-    return report
+    model = adapter.load(names)
+    return {name: _base_and_adapted(model, evaluator, with_base) for name, evaluator in evaluators.items()}
 
 
 def _base_and_adapted(model: PeftModel, evaluator: Evaluator, with_base: bool) -> dict[str, Metrics]:

@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from loraplex.io.field_types import shown
+from loraplex.recipes.config.data_spec import Kind
 from loraplex.recipes.config.run_config import ConfigError, RunConfig, TrainSection, nearest, unknown_key
 from loraplex.runtime.parallel import DDP_INSTEAD, FSDP2_INSTEAD
 from loraplex.tuner.config import AdapterConfig
@@ -121,10 +122,10 @@ def training_arguments(run: RunConfig, **ours: Any) -> TrainingArguments:
     Raises:
         ConfigError: a field the class doesn't have (with the nearest name), of the wrong type or out of range.
     """
-    cls = _arguments_class(run)
+    cls = _arguments_class(run.task)
     values: dict[str, Any] = {n: getattr(run.train, n) for n in TrainSection.model_fields if n not in _TRAIN_OURS}
     values["eval_strategy"] = "steps" if run.train.eval_steps else "no"
-    values |= _precision(run) | {
+    values |= _precision(run.train.extra) | {
         "report_to": "none",
         "logging_nan_inf_filter": False,  # a loss that runs away must be seen
         "include_num_input_tokens_seen": "non_padding",
@@ -183,7 +184,7 @@ def _renamed(cls: type[TrainingArguments], values: dict[str, Any]) -> dict[str, 
 
 def check_train(run: RunConfig) -> dict[str, Any]:
     """The fields under `train` that only the trainer's class knows, checked."""
-    cls = _arguments_class(run)
+    cls = _arguments_class(run.task)
     for name, remedy in _TRAIN_RESERVED.items():
         if name in run.train.extra:
             raise ConfigError(f"train.{name} can't be set in a run: {remedy}.")
@@ -191,17 +192,17 @@ def check_train(run: RunConfig) -> dict[str, Any]:
     return _checked(cls, run.train.extra, known | set(TrainSection.model_fields), "train")
 
 
-def _arguments_class(run: RunConfig) -> type[TrainingArguments]:
-    if run.task == "classification":
+def _arguments_class(task: Kind) -> type[TrainingArguments]:
+    if task == "classification":
         return TrainingArguments
     from trl import SFTConfig
 
     return SFTConfig
 
 
-def _precision(run: RunConfig) -> dict[str, Any]:
+def _precision(given: dict[str, Any]) -> dict[str, Any]:
     # TRL turns bf16 on wherever it may; on a CPU that is slower, not faster.
-    if "bf16" in run.train.extra or "fp16" in run.train.extra:
+    if "bf16" in given or "fp16" in given:
         return {}
     return {"bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported()}
 

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 
@@ -21,7 +21,7 @@ from loraplex.recipes.config.data_spec import DataSpec, Kind, with_defaults
 from loraplex.recipes.data.examples import Convert, Example, classifier, label_map, writer
 from loraplex.recipes.data.rows import Rows, read_rows
 
-__all__ = ["DataSpec", "Task", "build_mixture", "load_task"]
+__all__ = ["DataSpec", "Task", "build_mixture", "holds_out", "load_task"]
 logger = logging.getLogger(__name__)
 
 
@@ -94,6 +94,12 @@ def load_task(spec: DataSpec, seed: int, kind: Kind = "sft", chat: bool = False)
         dropped=dropped,
         generate=spec.generate or 0,
     )
+
+
+def holds_out(spec: DataSpec, part: Literal["eval", "test"]) -> bool:
+    """Whether a data set holds examples out for `part`; told from its description alone."""
+    spec = with_defaults(spec)
+    return any(getattr(spec, f"{part}_{name}") is not None for name in ("fraction", "size", "split", "path"))
 
 
 def build_mixture(tasks: Sequence[Task], seed: int, size: int | None = None) -> Dataset:

@@ -25,14 +25,17 @@ _AUTO = {"sft": "AutoModelForCausalLM", "classification": "AutoModelForSequenceC
 def model_card(run: RunConfig, result: Result) -> str:
     """The text of README.md, with its metadata."""
     title = _title(run.method)
+    classes = None
+    if run.task == "classification":
+        classes = len(json.loads((result.output_dir / LABELS_NAME).read_text(encoding="utf-8")))
     return "\n\n".join(
         [
-            _metadata(run),
+            _metadata(run.method, run.model),
             f"# {title} adapter for {run.model}",
             f"{result.trainable:,} trained parameters, {result.step:,} steps on "
             f"{', '.join(spec.title for spec in run.data)}. The whole configuration is in `{RUN_NAME}`.",
             _table(result),
-            _loading(run, result, title),
+            _loading(run.method, title, *_base(run.task, run.model, run.gguf_file, classes)),
         ]
     )
 
@@ -48,12 +51,12 @@ def _title(method: str) -> str:
     return "LoRA" if cls is LoraConfig else method
 
 
-def _metadata(run: RunConfig) -> str:
-    tags = [run.method, *(["loraplex"] if _is_ours(run.method) else [])]
+def _metadata(method: str, model: str) -> str:
+    tags = [method, *(["loraplex"] if _is_ours(method) else [])]
     lines = ["library_name: peft", f"tags: {json.dumps(tags)}"]
     # Only a hub id means something to a reader of the metadata.
-    if ":" not in run.model and not Path(run.model).exists():
-        lines.insert(0, f"base_model: {yaml_text(run.model)}")
+    if ":" not in model and not Path(model).exists():
+        lines.insert(0, f"base_model: {yaml_text(model)}")
     return "\n".join(["---", *lines, "---"])
 
 
@@ -67,31 +70,27 @@ def _table(result: Result) -> str:
     return "\n".join(rows) if len(rows) > 2 else "It was not evaluated: no data was held out."
 
 
-def _loading(run: RunConfig, result: Result, title: str) -> str:
-    ours = _LOAD_OURS if _is_ours(run.method) else ""
-    if ":" in run.method:
-        ours = f"import {run.method.partition(':')[0]}  # registers the adapter's type with PEFT\n"
-    needs = "" if not _is_ours(run.method) else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
-    imported, base = _base(run, result)
+def _loading(method: str, title: str, imported: str, base: str) -> str:
+    ours = _LOAD_OURS if _is_ours(method) else ""
+    if ":" in method:
+        ours = f"import {method.partition(':')[0]}  # registers the adapter's type with PEFT\n"
+    needs = "" if not _is_ours(method) else f"This is a {title} adapter: `pip install loraplex`, then\n\n"
     return (
         f"## How to load\n\n{needs}```python\n{ours}from peft import PeftModel\n{imported}\n\n"
         f'base = {base}\nmodel = PeftModel.from_pretrained(base, "path/to/this/folder")\n```\n'
     )
 
 
-def _base(run: RunConfig, result: Result) -> tuple[str, str]:
+def _base(task: str, model: str, gguf_file: str | None, classes: int | None) -> tuple[str, str]:
     """The import and the call that give the base model."""
-    labels = ""
-    if run.task == "classification":
-        names = json.loads((result.output_dir / LABELS_NAME).read_text(encoding="utf-8"))
-        labels = f", num_labels={len(names)}"
-    if run.model.startswith(PACKAGE_PREFIX) or run.model.endswith(".gguf") or run.gguf_file:
-        gguf = f", gguf_file={_quoted(run.gguf_file)}" if run.gguf_file else ""
-        call = f'load_model({_quoted(run.model)}, "{run.task}"{labels}{gguf})'
+    labels = "" if classes is None else f", num_labels={classes}"
+    if model.startswith(PACKAGE_PREFIX) or model.endswith(".gguf") or gguf_file:
+        gguf = f", gguf_file={_quoted(gguf_file)}" if gguf_file else ""
+        call = f'load_model({_quoted(model)}, "{task}"{labels}{gguf})'
         return "from loraplex.recipes.models import load_model", call
     return (
-        f"from transformers import {_AUTO[run.task]}",
-        f"{_AUTO[run.task]}.from_pretrained({_quoted(run.model)}{labels})",
+        f"from transformers import {_AUTO[task]}",
+        f"{_AUTO[task]}.from_pretrained({_quoted(model)}{labels})",
     )
 
 

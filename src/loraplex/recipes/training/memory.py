@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraplex.recipes.config.arguments import plannable, training_arguments
-from loraplex.recipes.config.run_config import RunConfig
+from loraplex.inspection.budget import Budget
+from loraplex.recipes.config.arguments import plannable
+from loraplex.recipes.config.run_config import TrainSection
 from loraplex.recipes.console import size_text
-from loraplex.recipes.models.budgeting import BudgetJob, BudgetReport, plan_methods, step_parts
+from loraplex.recipes.models.budgeting import BudgetJob, plan_methods, step_parts
+from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.training.callbacks import ProgressLine
 from loraplex.recipes.training.checkpoints import RUN_NAME, checkpoints
 from loraplex.runtime.out_of_memory import OutOfMemory, is_out_of_memory
@@ -38,40 +40,37 @@ def located(trainer: Any) -> Iterator[None]:
         raise OutOfMemory("step", step + 1) from error
 
 
-def explain(run: RunConfig, error: BaseException) -> str:
+def explain(run: PreparedRun, error: BaseException) -> str:
     """What happened, what memory was planned, what would need less, and how to go on; several lines."""
-    arguments: Any = training_arguments(run)
-    job = BudgetJob(
-        run.model,
-        [run.method],
-        tokens=run.train.per_device_train_batch_size * run.train.max_length,
-        dtype=run.dtype,
-        task=run.task,
-        autocast=arguments.bf16 or arguments.fp16,
-    )
-    if plannable(run.method):
-        report = plan_methods(
-            job, [*((f"adapter.{key}", value) for key, value in run.adapter.items()), *run.source.items()]
-        )
-    else:
-        report = None  # the budget knows no other methods
+    config, arguments = run.config, run.arguments
+    train, dtype = config.train, str(config.dtype)
     phase, what = "start", "out of memory before the first step"
     if isinstance(error, OutOfMemory):
         phase, what = error.phase, str(error)
-    remedies = _remedies(run, phase, run.dtype if report is None else report.dtype)
-    lines = [what, *([] if report is None else _planned(run, phase, report)), "what needs less memory:"]
-    lines += [f"  {options}  ({effect})" for options, effect in remedies.items()]
-    return "\n".join([*lines, *_going_on(run, phase, next(iter(remedies)))])
+    lines = [what]
+    if plannable(config.method):  # the budget knows no other methods
+        tokens, autocast = train.per_device_train_batch_size * train.max_length, arguments.bf16 or arguments.fp16
+        job = BudgetJob(
+            config.model, [config.method], tokens=tokens, dtype=config.dtype, task=config.task, autocast=autocast
+        )
+        settings = [(f"adapter.{key}", value) for key, value in config.adapter.items()]
+        report = plan_methods(job, [*settings, *config.source.items()])
+        dtype = report.dtype
+        lines += _planned(report.budgets[config.method], train, phase)
+    found = checkpoints(run.output_dir)
+    remedies = _remedies(train, phase, dtype, started=bool(found))
+    lines += ["what needs less memory:", *(f"  {options}  ({effect})" for options, effect in remedies.items())]
+    return "\n".join([*lines, *_going_on(run.output_dir / RUN_NAME, found, phase, next(iter(remedies)))])
 
 
-def _planned(run: RunConfig, phase: str, report: BudgetReport) -> list[str]:
-    parts, planned = step_parts(report.budgets[run.method]), "planned"
+def _planned(budget: Budget, train: TrainSection, phase: str) -> list[str]:
+    parts, planned = step_parts(budget), "planned"
     if phase == "start":
         parts = {"weights": parts["weights"]}
     elif phase == "evaluation":
         parts = {name: parts[name] for name in ("weights", "adapter", "AdamW")}
     else:
-        batch = f"{run.train.per_device_train_batch_size} × {run.train.max_length}"
+        batch = f"{train.per_device_train_batch_size} × {train.max_length}"
         planned = f"planned for {batch} tokens, without gradient checkpointing"
     sizes = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
     lines = [f"{planned}: {sizes}; together {size_text(sum(parts.values()))}"]
@@ -83,9 +82,9 @@ def _planned(run: RunConfig, phase: str, report: BudgetReport) -> list[str]:
     return lines
 
 
-def _remedies(run: RunConfig, phase: str, dtype: str) -> dict[str, str]:
+def _remedies(train: TrainSection, phase: str, dtype: str, started: bool) -> dict[str, str]:
     """Options that need less memory → what else they change; none that is set already."""
-    train, remedies = run.train, dict[str, str]()
+    remedies: dict[str, str] = {}
     batch, evaluated, length = train.per_device_train_batch_size, train.per_device_eval_batch_size, train.max_length
     if phase == "evaluation" and evaluated > 1:
         remedies[f"--train.per_device_eval_batch_size {evaluated // 2}"] = "the same results"
@@ -99,16 +98,15 @@ def _remedies(run: RunConfig, phase: str, dtype: str) -> dict[str, str]:
     if phase != "start" and length >= 16:
         remedies[f"--train.max_length {length // 2}"] = "longer prompts lose their middle"
     if dtype == "float32":
-        elsewhere = "; in a new run with another --output_dir" if checkpoints(Path(run.output_dir)) else ""
+        elsewhere = "; in a new run with another --output_dir" if started else ""
         remedies["--dtype bfloat16"] = f"weights of half the size{elsewhere}"
     return remedies or {"--model M": "a smaller one"}
 
 
-def _going_on(run: RunConfig, phase: str, options: str) -> list[str]:
-    folder = Path(run.output_dir)
-    command = f"loraplex train {folder / RUN_NAME}"
-    if newest := next(iter(checkpoints(folder)), None):
+def _going_on(run_file: Path, found: Sequence[Path], phase: str, options: str) -> list[str]:
+    command = f"loraplex train {run_file}"
+    if found:
         # Only training settings may differ from those of the checkpoint.
         further = f"; continue with: {command} --resume {options}" if options.startswith("--train.") else ""
-        return [f"{newest.name} stays{further}"]
+        return [f"{found[0].name} stays{further}"]
     return [] if phase == "start" else [f"there is no checkpoint yet; start again with: {command} {options}"]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from loraplex.recipes.config.run_config import ConfigError, RunConfig
+from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.training.checkpoints import RUN_NAME, checkpoints, fault_of
 from loraplex.recipes.training.trace import Finding, Trace, kind_of, readable
 from loraplex.runtime.parallel import is_sharded, part
@@ -47,9 +47,9 @@ class NonFiniteGuard(TrainerCallback):
     The trainer reports every micro-batch to it (`saw`), and asks before it writes factors (`check_factors`).
     """
 
-    def __init__(self, trainer: Any, run: RunConfig) -> None:
+    def __init__(self, trainer: Any, on_nonfinite: Literal["stop", "skip"]) -> None:
         self.trainer = trainer
-        self.run = run
+        self.on_nonfinite = on_nonfinite
         self._micro: list[_MicroBatch] = []
         self._in_a_row = 0
         self._unlogged = False
@@ -70,7 +70,7 @@ class NonFiniteGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._micro = []
-        if self.run.train.on_nonfinite == "skip" and self.trainer.is_deepspeed_enabled:
+        if self.on_nonfinite == "skip" and self.trainer.is_deepspeed_enabled:
             raise ConfigError(
                 "train.on_nonfinite is 'skip', but DeepSpeed makes the update before anyone can look at it: use 'stop'."
             )
@@ -91,7 +91,7 @@ class NonFiniteGuard(TrainerCallback):
         finding, loss = self._agree(self._find(micro, bad_loss), sum(m.loss.item() for m in micro))
         step, where = state.global_step + 1, "loss" if bad_loss else "gradient"
         cause = f"the {where} is not finite: {finding.text}"
-        if self.run.train.on_nonfinite == "skip" and not finding.lasting:
+        if self.on_nonfinite == "skip" and not finding.lasting:
             self._in_a_row += 1
             if state.is_world_process_zero:
                 tqdm.write(f"step {step} is left out, as {cause}", file=sys.stderr)
@@ -212,15 +212,15 @@ class NonFiniteGuard(TrainerCallback):
         return trace.finding
 
     def _way_on(self, finding: Finding) -> str:
-        folder = Path(self.run.output_dir)
-        lower = f"--train.learning_rate {self.run.train.learning_rate / 2:g}"
+        folder = Path(self.trainer.args.output_dir)
+        lower = f"--train.learning_rate {self.trainer.args.learning_rate / 2:g}"
         good = next((c for c in checkpoints(folder) if fault_of(c) is None), None)
         if good is None:
             text = f"No checkpoint was written yet: start again, with another setting such as {lower}"
         else:
             command = f"loraplex train {folder / RUN_NAME} --resume {lower}"
             text = f"The last good checkpoint is {good}. Continue from it, with another setting such as here: {command}"
-        if finding.lasting or self.run.train.on_nonfinite == "skip" or self.trainer.is_deepspeed_enabled:
+        if finding.lasting or self.on_nonfinite == "skip" or self.trainer.is_deepspeed_enabled:
             return text
         return f"{text} (or --train.on_nonfinite skip, to leave such updates out)"
 

@@ -9,27 +9,22 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import get_peft_model
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+from transformers import DataCollatorWithPadding, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from loraplex import ScheduleCallback
 from loraplex.io.field_types import expected, fits, shown
 from loraplex.io.reading import read_json
-from loraplex.recipes.config.arguments import (
-    adapter_config,
-    check_engine,
-    checkpoint_without_reentry,
-    training_arguments,
-)
-from loraplex.recipes.config.run_config import ConfigError, RunConfig, to_yaml
-from loraplex.recipes.data.encode import check_vocabulary, encode_texts, encode_training
-from loraplex.recipes.data.tasks import Task, build_mixture
+from loraplex.recipes.config.arguments import checkpoint_without_reentry
+from loraplex.recipes.config.run_config import ConfigError, to_yaml
+from loraplex.recipes.data.encode import check_vocabulary
+from loraplex.recipes.data.tasks import build_mixture
 from loraplex.recipes.evaluation import Evaluator
-from loraplex.recipes.prepare import load_base, load_data, make_evaluators
+from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.progress import is_main, note
 from loraplex.recipes.training.callbacks import MetricsCallback, ProgressLine, ResumedLearningRate, StopOnSignal
 from loraplex.recipes.training.card import model_card
@@ -76,93 +71,79 @@ _STATE = {
 """Of the trainer's state, what it computes with, without a look at the types."""
 
 
-def train(run: RunConfig, resume: bool = False) -> Result:
+def train(run: PreparedRun) -> Result:
     """Train an adapter, or continue an interrupted run from its last whole checkpoint.
 
     Raises:
         ConfigError: the configuration or the state of `output_dir` doesn't allow it.
     """
-    output_dir = Path(run.output_dir)
-    # All refuse what is wrong before anything is loaded or written.
-    adapter_config(run)
-    check_engine(training_arguments(run, eval_on_start=not resume))
-    if resume and not output_dir.is_dir():
+    output_dir = run.output_dir
+    run.check()
+    if run.resume and not output_dir.is_dir():
         raise ConfigError(f"output_dir {output_dir} does not exist, so there is nothing to resume: leave --resume out.")
     output_dir.mkdir(parents=True, exist_ok=True)
     with locked(output_dir) if is_main() else nullcontext():
-        return _train(run, output_dir, _starting_point(run, output_dir, resume))
+        if is_main():
+            remove_leftovers(output_dir)
+        if run.resume:
+            checkpoint, faults = last_complete(output_dir)
+            for warning in [*faults, *check_same_run(run.config, output_dir)]:
+                note(f"warning: {warning}")
+            note(f"continuing from {checkpoint}")
+        else:
+            check_fresh(output_dir)
+            checkpoint = None
+        return _train(run, checkpoint)
 
 
-def _train(run: RunConfig, output_dir: Path, checkpoint: Path | None) -> Result:
-    tokenizer, tasks = load_data(run)
-    evaluators = make_evaluators(run, tasks, tokenizer)
-    arguments = training_arguments(
-        run,
-        eval_on_start=checkpoint is None and bool(evaluators) and run.train.eval_on_start,
-        **({} if evaluators and run.train.eval_steps else {"eval_strategy": "no"}),
-    )
-    trainer = _build_trainer(run, arguments, tokenizer, tasks, adapter_config(run))
+def _train(run: PreparedRun, checkpoint: Path | None) -> Result:
+    config, output_dir = run.config, run.output_dir
+    evaluators = run.evaluators()
+    trainer = _build_trainer(run)
     log = MetricsLog(output_dir / METRICS_NAME)
-    stop = _attach(trainer, run, evaluators, log, checkpoint)
+    stop = _attach(trainer, config.train.on_nonfinite, evaluators, log, checkpoint)
     if trainer.is_world_process_zero():
         log.start(None if checkpoint is None else step_of(checkpoint))
-        write_atomic(output_dir / RUN_NAME, to_yaml(run))
+        write_atomic(output_dir / RUN_NAME, to_yaml(config))
         write_atomic(output_dir / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
-        if run.task == "classification":
-            write_atomic(output_dir / LABELS_NAME, json.dumps(tasks[0].label_names) + "\n")
+        if run.class_names is not None:
+            write_atomic(output_dir / LABELS_NAME, json.dumps(run.class_names) + "\n")
     with located(trainer):
         result = _run(trainer, stop, log, checkpoint, output_dir)
     if trainer.is_world_process_zero():
-        plot_losses(log.rows, output_dir / PLOT_NAME, f"{run.method} on {Path(run.model).name}")
+        plot_losses(log.rows, output_dir / PLOT_NAME, f"{config.method} on {Path(config.model).name}")
         if result.signal is None:
-            write_atomic(output_dir / "README.md", model_card(run, result))
+            write_atomic(output_dir / "README.md", model_card(config, result))
     return result
 
 
-def _starting_point(run: RunConfig, output_dir: Path, resume: bool) -> Path | None:
-    if is_main():
-        remove_leftovers(output_dir)
-    if not resume:
-        check_fresh(output_dir)
-        return None
-    checkpoint, faults = last_complete(output_dir)
-    for warning in [*faults, *check_same_run(run, output_dir)]:
-        note(f"warning: {warning}")
-    note(f"continuing from {checkpoint}")
-    return checkpoint
-
-
-def _build_trainer(
-    run: RunConfig, arguments: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[Task], peft_config: Any
-) -> Any:
-    model = load_base(run, tasks)
-    mixture = build_mixture(tasks, run.train.seed)
-    if run.task == "sft":
-        data = encode_training(tokenizer, mixture, run.train.max_length)
-    else:
-        data = encode_texts(tokenizer, mixture, run.train.max_length)
+def _build_trainer(run: PreparedRun) -> Any:
+    model = run.load_base()
+    data = run.encode(build_mixture(run.tasks, run.config.train.seed))
     check_vocabulary(data["input_ids"], model)
     if len(data) == 0:
         raise ConfigError("data: no training example is left: every answer is empty.")
     # evaluate() is ours, but the Trainer refuses to plan evaluations without a data set of its own.
-    placeholder = data.select(range(1)) if arguments.eval_strategy != "no" or arguments.eval_on_start else None
-    common: dict[str, Any] = {"args": arguments, "train_dataset": data, "eval_dataset": placeholder}
-    if run.task == "sft":
-        return AnswerTrainer(model=model, processing_class=tokenizer, peft_config=peft_config, **common)
-    set_seed(run.train.seed)
-    return ClassifierTrainer(
-        model=get_peft_model(model, peft_config),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        **common,
-    )
+    evaluates = run.arguments.eval_strategy != "no" or run.arguments.eval_on_start
+    placeholder = data.select(range(1)) if evaluates else None
+    common: dict[str, Any] = {"args": run.arguments, "train_dataset": data, "eval_dataset": placeholder}
+    common["processing_class"] = run.tokenizer
+    if run.config.task == "sft":
+        return AnswerTrainer(model=model, peft_config=run.peft_config, **common)
+    set_seed(run.config.train.seed)
+    model = get_peft_model(model, run.peft_config)
+    return ClassifierTrainer(model=model, data_collator=DataCollatorWithPadding(run.tokenizer), **common)
 
 
 def _attach(
-    trainer: Any, run: RunConfig, evaluators: dict[str, Evaluator], log: MetricsLog, checkpoint: Path | None
+    trainer: Any,
+    on_nonfinite: Literal["stop", "skip"],
+    evaluators: dict[str, Evaluator],
+    log: MetricsLog,
+    checkpoint: Path | None,
 ) -> StopOnSignal:
     stop = StopOnSignal()
-    trainer.guard = NonFiniteGuard(trainer, run)
+    trainer.guard = NonFiniteGuard(trainer, on_nonfinite)
     trainer.evaluators, trainer.metrics_log = evaluators, log
     if trainer.is_deepspeed_enabled:
         checkpoint_without_reentry(trainer.args)
