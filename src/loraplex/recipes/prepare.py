@@ -70,8 +70,8 @@ class PreparedRun:
 
     def read(self, spec: DataSpec) -> Task:
         """A data set as a task of this run; the run need not name it."""
-        note(f"reading {spec.path}")
         chat = self.config.train.chat and self.tokenizer.chat_template is not None
+        note(f"reading {spec.path}")
         return load_task(spec, self.config.train.seed, self.config.task, chat)
 
     @property
