@@ -247,7 +247,7 @@ def pad(factor: Tensor, width: int, dim: int) -> Tensor:
 
 
 def _trained_in_full(model: nn.Module, config: AdapterConfig | LoraConfig, adapter_name: str) -> dict[str, Tensor]:
-    if not config.modules_to_save and config.bias == "none":
+    if not config.modules_to_save and not config.trainable_token_indices and config.bias == "none":
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     marks = ("_factors.", "_shared.", ".lora_")
@@ -263,7 +263,8 @@ def _check_engine(
     if extras and not engine.full_modules:
         names = sorted(key.removeprefix(ROOT) for key in extras)
         raise ValueError(
-            f"The adapter trained these in full, and a LoRA for {engine.name} can't carry them: {', '.join(names)}. "
+            f"The adapter trained these in full, or rows of them, and a LoRA for {engine.name} can't carry them: "
+            f"{', '.join(names)}. "
             "Export for stock PEFT (--engine peft), or merge everything (--format merged)."
         )
     if engine.name == "llama.cpp" and any(layer.fan_in_fan_out for layer, _ in layers):  # type: ignore[attr-defined]

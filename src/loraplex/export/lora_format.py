@@ -39,6 +39,8 @@ def plain_config(
         # Only where such tensors go along: servers refuse the mere setting.
         bias=config.bias if any(key.endswith(".bias") for key in extras) else "none",  # type: ignore[arg-type]
         modules_to_save=config.modules_to_save if extras else None,
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

@@ -24,9 +24,15 @@ from loraplex.io.files import check_target, replaced_folder, write_tensors
 from loraplex.io.reading import file_name, message_of, read_json
 from loraplex.tuner.bank import BANK
 from loraplex.tuner.finite import check_finite
+from loraplex.tuner.tokens import token_rows, token_wrappers
 from loraplex.tuner.updates import Update, adapted
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".index.json")
+
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+"""What PEFT puts into the names of a base model's tensors."""
+_OWN = ("lora_", "trainable_tokens_")
+"""How the names of PEFT's own tensors begin."""
 
 
 class OtherLayout(Exception):
@@ -101,7 +107,8 @@ def merge_checkpoint(
         for file, keys in plan.files.items():
             tensors = {}
             for key, tensor in plan.read(file, keys):
-                tensors[key], module = merged_weight(tensor, plan.targets.get(key), key, dtype, safe)
+                merged, module = merged_weight(tensor, plan.targets.get(key), key, dtype, safe)
+                tensors[key] = plan.with_tokens(key, merged)
                 modules += [module] if module else []
                 index[key] = file
                 size += tensors[key].nbytes
@@ -129,7 +136,8 @@ class _Plan:
         uses = Counter(id(original) for _, original in names.values())
         tied = {key for key, (_, original) in names.items() if uses[id(original)] > 1}
         # A weight that was tied to another and is changed gets a tensor of its own, and the others too.
-        self.untied = any(key in self.targets or key in self.trained for key in tied)
+        self.tokens = _trained_tokens(model.get_base_model(), adapter_name)
+        self.untied = any(key in self.targets for key in tied) or self._differ(names, tied)
         first = {id(original): key for key, (_, original) in names.items() if key in where}
         self.sources: dict[str, str] = {}
         self.files: dict[str, list[str]] = {}
@@ -137,9 +145,30 @@ class _Plan:
             source = key if key in where else first.get(id(original))
             if source is None and key not in self.trained:
                 raise OtherLayout(f"{base} has no tensor {key}")
-            if source == key or key in self.targets or key in self.trained or (self.untied and key in tied):
+            changed = key in self.targets or key in self.trained
+            if source == key or (self.untied if key in tied else changed):
                 self.sources[key] = source or ""
                 self.files.setdefault(where[source] if source else max(where.values()), []).append(key)
+
+    def _differ(self, names: dict[str, tuple[Tensor, Tensor]], tied: set[str]) -> bool:
+        """Whether weights that are tied have different values after training, in full or token by token."""
+        first: dict[int, str] = {}
+        for key in tied:
+            other = first.setdefault(id(names[key][1]), key)
+            if self.tokens.get(key, (None, None))[1] is not self.tokens.get(other, (None, None))[1]:
+                return True
+            own, others = self.trained.get(key), self.trained.get(other)
+            if (own is None) != (others is None) or (own is not None and not torch.equal(own, others)):  # type: ignore[arg-type]
+                return True
+        return False
+
+    def with_tokens(self, key: str, weight: Tensor) -> Tensor:
+        """`weight` with the rows of the tokens that were trained."""
+        if key not in self.tokens:
+            return weight
+        indices, rows = self.tokens[key]
+        check_finite(key, [rows])
+        return weight.index_copy(0, torch.tensor(indices), rows.detach().cpu().to(weight.dtype))
 
     def read(self, file: str, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         with _opened(self.base / file) as tensors:
@@ -150,20 +179,28 @@ class _Plan:
                 yield key, trained.detach().cpu() if trained is not None else tensors.get_tensor(self.sources[key])
 
 
+def _trained_tokens(model: nn.Module, adapter_name: str) -> dict[str, tuple[list[int], Tensor]]:
+    """Name of a weight in the plain model → the rows that the adapter trained, and their values."""
+    return {
+        f"{name}.weight": token_rows(wrapper, adapter_name)
+        for name, wrapper in token_wrappers(model, adapter_name, remove_duplicate=False)
+    }
+
+
 def plain_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Name in the plain model's state dict → its tensor, the adapter's if it has one, and the base model's."""
     own: dict[str, Tensor] = {}
     base: dict[str, Tensor] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         parts = key.split(".")
-        if BANK in parts or any(part.endswith("_factors") or part.startswith("lora_") for part in parts):
+        if BANK in parts or any(part.endswith("_factors") or part.startswith(_OWN) for part in parts):
             continue
         if "modules_to_save" in parts:
             at = parts.index("modules_to_save")
             if parts[at + 1] == adapter_name:
                 own[".".join(parts[:at] + parts[at + 2 :])] = tensor
         else:
-            base[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+            base[".".join(part for part in parts if part not in _WRAPPERS)] = tensor
     return {key: (own.get(key, base.get(key)), base.get(key, own.get(key))) for key in {**base, **own}}  # type: ignore
 
 

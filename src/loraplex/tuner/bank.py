@@ -11,19 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loraplex.runtime.placement import device_of
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.families import Member, group_families, layer_depth
-from loraplex.tuner.layer import AdapterLinear
+from loraplex.tuner.layer import AdapterLayer, AdapterLinear
 from loraplex.tuner.sharing import SharedFactors
 
 BANK = "loraplex_bank"
 
 
-class FactorBank(nn.Module, BaseTunerLayer):
+class FactorBank(nn.Module, AdapterLayer):
     """Owner of shared factors, registered once at the root of the adapted model.
 
     PEFT takes it for a tuner layer, so that saving, loading, dtype casts, switching and deleting reach it; but it

@@ -77,8 +77,10 @@ def _check(
         methods = {name: config.method for name, config in zip(adapters, configs, strict=True)}
         raise ValueError(f"The adapters are of different methods, {methods}: only those of one can be combined.")
     for name, config in zip(adapters, configs, strict=True):
-        if config.modules_to_save or config.bias != "none":
-            raise ValueError(f"{name!r} trained modules or biases in full, which don't add up: merge it instead.")
+        if config.modules_to_save or config.trainable_token_indices or config.bias != "none":
+            raise ValueError(
+                f"{name!r} trained modules, tokens or biases in full, which don't add up: merge it instead."
+            )
     return configs
 
 

@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from loraplex.io.field_types import check_types, fits, is_finite, shown
 from loraplex.tuner.adapter_files import check_adapter_files
+from loraplex.tuner.lora_fields import unknown_field
 from loraplex.tuner.patterns import check_pattern
 from loraplex.version import __version__
 
@@ -72,12 +73,26 @@ class AdapterConfig(PeftConfig):
     """Other strengths for some modules: name ending or regular expression → lora_alpha."""
     modules_to_save: list[str] | None = None
     """Further modules that are trained in full and saved with the adapter, such as a classification head."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Tokens whose embeddings are trained and saved: indices into the input embedding, or module name → indices."""
+    ensure_weight_tying: bool = False
+    """Keep what `modules_to_save` or `trainable_token_indices` trains tied to the modules that the base ties to it."""
     bias: str = "none"
     """Which biases of the base model are trained: "none", "all" or "lora_only" (those of adapted modules)."""
     init_weights: bool = True
     """True starts at the base model's function; False draws random factors (for tests)."""
     loraplex_version: str | None = None
     """Version that wrote the adapter; filled in."""
+
+    def __new__(cls, *args: Any, **settings: Any) -> AdapterConfig:
+        """A new config, after a check of the names of its settings; the dataclass's own error names no remedy.
+
+        Raises:
+            TypeError: a setting is unknown, or is LoRA's alone.
+        """
+        for name in settings.keys() - {f.name for f in fields(cls)}:
+            raise unknown_field(cls, name)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -99,6 +114,7 @@ class AdapterConfig(PeftConfig):
             # PEFT adds a classifier's head to it.
             self.modules_to_save = list(self.modules_to_save)
         self._check_common()
+        self._check_tokens()
         self._check_patterns()
 
     def _check_numbers(self) -> None:
@@ -123,6 +139,25 @@ class AdapterConfig(PeftConfig):
                 f"layers_pattern={shown(self.layers_pattern)} has no effect without layers_to_transform: "
                 "set layers_to_transform too, or leave layers_pattern out."
             )
+
+    def _check_tokens(self) -> None:
+        wanted = self.trainable_token_indices
+        if wanted is None:
+            return
+        named = {name: list(tokens) for name, tokens in (wanted if isinstance(wanted, dict) else {"": wanted}).items()}
+        # Lists, as PEFT needs them to index with.
+        self.trainable_token_indices = named if isinstance(wanted, dict) else named[""]
+        for name, tokens in named.items():
+            if (
+                not tokens
+                or min(tokens) < 0
+                or len(set(tokens)) < len(tokens)
+                or (isinstance(wanted, dict) and not name)
+            ):
+                raise ValueError(
+                    f"trainable_token_indices={shown(wanted)} must name tokens, each once, by their indices from 0: a "
+                    'list for the input embedding, or {"embed_tokens": […]}. Leave it out to train none.'
+                )
 
     def _check_patterns(self) -> None:
         """Check all that is matched as a regular expression, in the form in which PEFT matches it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +20,15 @@ from loraplex.tuner.merging import MergingLayer
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class AdapterLinear(MergingLayer):
+class AdapterLayer(BaseTunerLayer):
+    """What our tuners switch, freeze and delete adapters of: the adapted layers and the bank. Abstract.
+
+    Not every tuner layer of PEFT's: its wrappers for trained tokens and modules have tuner layers inside, which they
+    switch themselves. PEFT's own introspection looks for the classes in this module.
+    """
+
+
+class AdapterLinear(MergingLayer, AdapterLayer):
     """A linear layer with adapters of any of the methods: `base(x) + Σ ΔW x` over the active adapters.
 
     Wraps `nn.Linear`, GPT-2's `Conv1D` and PEFT's quantised linear layers. The class name must contain "Linear":

@@ -32,6 +32,7 @@ from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.finite import is_finite
 from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.sharing import SharedFactors
+from loraplex.tuner.tokens import token_wrappers
 from loraplex.tuner.updates import ROOT
 
 logger = logging.getLogger(__name__)
@@ -170,7 +171,11 @@ def _own_keys(model: nn.Module, adapter_name: str, model_state: dict[str, Tensor
     factors = _filter_state_dict_by_key_prefixes(
         model_state, _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
     )
-    return {*factors, *(key for key in model_state if f".modules_to_save.{adapter_name}." in key)}
+    copies = (key for key in model_state if f".modules_to_save.{adapter_name}." in key)
+    # Of tied modules the tokens are in the model's state twice, and in a file once.
+    wrappers = (item for item in token_wrappers(model, adapter_name) if item[1].token_adapter.tied_adapter is None)
+    tokens = (f"{name}.token_adapter.trainable_tokens_delta.{adapter_name}" for name, _ in wrappers)
+    return {*factors, *copies, *tokens}
 
 
 def tensors_of(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Tensor]:
@@ -202,6 +207,9 @@ def _foreign(
 ) -> str | None:
     others = {key: tensor for key, tensor in state.items() if key not in own}
     for key in [*others]:
+        # With a resized vocabulary PEFT saves all that a wrapper of trained tokens holds, and does not load it.
+        if ".token_adapter.trainable_tokens_" in key and f"{key}.{adapter_name}" in model_state:
+            del others[key]
         # With biases, and with embeddings, PEFT saves fully trained modules a second time.
         head, found, rest = key.partition(".modules_to_save.")
         if found and f"{head}.modules_to_save.{adapter_name}.{rest}" in own:

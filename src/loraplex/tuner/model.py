@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
@@ -24,7 +25,7 @@ from loraplex.tuner.attempt import Attempt, all_or_nothing, running
 from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import AdapterLinear
+from loraplex.tuner.layer import AdapterLayer, AdapterLinear
 from loraplex.tuner.left_out import asks_for_all, warn_of_left_out
 from loraplex.tuner.load_checks import (
     check_config,
@@ -43,6 +44,7 @@ from loraplex.tuner.model_merging import MergingModel
 from loraplex.tuner.schedule import Scheduled
 from loraplex.tuner.schedule_callback import join_trainers
 from loraplex.tuner.sharing import SharedFactors
+from loraplex.tuner.tokens import adapted_too, check_tokens, pass_adapters_without_tokens
 from loraplex.tuner.updates import ROOT
 
 logger = logging.getLogger(__name__)
@@ -51,8 +53,8 @@ logger = logging.getLogger(__name__)
 class AdapterModel(MergingModel):
     """Abstract tuner. A method subclasses it once, to name its prefix; every subclass can host every method."""
 
-    # The bank is a tuner layer too: switching and deleting adapters must reach it.
-    tuner_layer_cls = BaseTunerLayer
+    # The bank is one too: switching and deleting adapters must reach it.
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -127,9 +129,12 @@ class AdapterModel(MergingModel):
         state_dict: dict[str, Tensor] | None,
     ) -> None:
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        check_tokens(model, config)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except TypeError as error:
+            if "trainable_token_indices" in str(error):
+                raise adapted_too(f"A module ({error})") from error
             # PEFT takes a name as the end of any module's name, and then refuses lists of modules and adapted layers.
             if not config.modules_to_save:
                 raise
@@ -137,6 +142,7 @@ class AdapterModel(MergingModel):
                 f"modules_to_save={shown(config.modules_to_save)} names more than modules that can be trained in full "
                 f"({error}): give whole names of modules that compute something and are not adapted."
             ) from error
+        pass_adapters_without_tokens(model, adapter_name)
         if config.shared_cls is not None:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 bank = link(model, adapter_name, config)
@@ -193,6 +199,18 @@ class AdapterModel(MergingModel):
                 "Leave it out of target_modules, or train it in full with modules_to_save."
             )
         return AdapterLinear(target, name, **quantization)
+
+    # Embeddings that are tied to a head, with ensure_weight_tying
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)  # type: ignore[arg-type]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"ensure_weight_tying can't tie adapters: target_modules names {', '.join(tied_weight_keys)} or the "
+            "embedding that it is tied to. Leave them out (exclude_modules), or leave ensure_weight_tying out: merging "
+            "then gives the head a weight of its own."
+        )
 
     # Switching
 

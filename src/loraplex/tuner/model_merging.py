@@ -15,6 +15,7 @@ from torch import nn
 from loraplex.runtime.packing import release
 from loraplex.tuner.bank import BANK
 from loraplex.tuner.layer import AdapterLinear
+from loraplex.tuner.tokens import check_tokens_mergeable
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class MergingModel(BaseTuner):
         names = self.active_adapters if adapter_names is None else adapter_names
         for layer in self._layers():
             layer.check_mergeable(names)
+        check_tokens_mergeable(self.model, names)
         for tied in tied_layers(self.model):
             if isinstance(tied, AdapterLinear) and any(tied.factors(name) is not None for name in names):
                 tied.untie()
