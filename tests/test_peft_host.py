@@ -341,7 +341,7 @@ def test_tuner_keys_are_found_structurally() -> None:
 
 @pytest.mark.parametrize("method", PLAIN)
 def test_layer_and_model_status(method: str) -> None:
-    """`get_layer_status` / `get_model_status` read every tuner layer, the bank among them."""
+    """`get_layer_status` / `get_model_status` read every tuner layer; ours leaves the bank out (patch_layer_status)."""
     model = adapted(method)
     loraplex.add_adapter(model, "second", config("masa-sum"))
     status = model.get_model_status()
@@ -364,7 +364,14 @@ def test_layer_and_model_status(method: str) -> None:
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
     layers = model.get_layer_status()
-    assert len([status for status in layers if BANK not in status.name]) == len(h.layers_of(model))
+    assert sorted(row.name for row in layers) == sorted(name.removeprefix("base_model.") for name in h.layers_of(model))
+    assert model.get_model_status().num_adapter_layers == len(layers)
+    # PEFT's own counts the bank, and nothing in PEFT holds it under another name.
+    theirs = peft.peft_model.get_layer_status.__wrapped__
+    assert len(theirs(model)) == len(layers) + 1
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("peft", "transformers"):
+            assert not any(value is theirs for value in vars(module).values()), name
 
 
 @pytest.mark.parametrize("method", ["aslora", "masa-sum", "dual_lora"])
@@ -1053,8 +1060,10 @@ def test_importing_changes_what_the_record_names() -> None:
     conversion_names = {f"{module}:convert_to_lora" for module in CONVERSION}
     entry_points = {key for key in found["changed"] if key.rpartition(":")[2] in ENTRY_POINTS}
     assert conversion_names <= set(found["changed"])
-    assert set(found["changed"]) == conversion_names | entry_points
-    assert all("PeftModel" in key or "PeftAdapterMixin" in key for key in entry_points)
+    status_names = {f"{module}:get_layer_status" for module in ("peft", "peft.peft_model")}
+    assert set(found["changed"]) == conversion_names | entry_points | status_names
+    kinds = ("PeftModel", "PeftMixedModel", "PeftAdapterMixin")
+    assert all(any(kind in key for kind in kinds) for key in entry_points)
 
 
 CONVERSION = ("peft", "peft.tuners", "peft.tuners.lora", "peft.tuners.lora.conversion")

@@ -6,11 +6,13 @@ from loraplex.methods.masa.method import MasaConfig, MasaModel
 from loraplex.methods.multilora import MultiLoraConfig, MultiLoraModel
 from loraplex.tuner.entry_points import guard_entry_points
 from loraplex.tuner.registry import register
+from loraplex.tuner.status import patch_layer_status
 
 register(MasaConfig, MasaModel)
 register(AsLoraConfig, AsLoraModel)
 register(DualLoraConfig, DualLoraModel)
 register(MultiLoraConfig, MultiLoraModel)
 guard_entry_points()
+patch_layer_status()
 
 __all__ = ["AsLoraConfig", "DualLoraConfig", "MasaConfig", "MultiLoraConfig"]

@@ -29,9 +29,11 @@ class FactorBank(nn.Module, AdapterLayer):
     adapts no module.
     """
 
-    # PEFT, torchao and accelerate ask every tuner layer for its base layer's bias and weight.
+    # PEFT, torchao and accelerate ask every tuner layer for its base layer's bias, weight and sizes.
     bias = None  # type: ignore[assignment]
     weight = None  # type: ignore[assignment]
+    in_features = None
+    out_features = None
 
     def __init__(self) -> None:
         super().__init__()

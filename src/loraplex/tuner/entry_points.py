@@ -15,7 +15,7 @@ from functools import wraps
 from traceback import walk_tb
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
@@ -41,6 +41,8 @@ def guard_entry_points() -> None:
                 setattr(cls, name, wrap(vars(cls)[name]))
     wrapped = classmethod(_from_pretrained(vars(PeftModel)["from_pretrained"].__func__))
     PeftModel.from_pretrained = wrapped  # type: ignore
+    for name in ("__init__", "add_adapter"):
+        setattr(PeftMixedModel, name, _not_mixed(vars(PeftMixedModel)[name]))
     PeftAdapterMixin.add_adapter = _add_to_transformers(PeftAdapterMixin.add_adapter)  # type: ignore[method-assign]
     PeftAdapterMixin.load_adapter = _load_into_transformers(PeftAdapterMixin.load_adapter)  # type: ignore
 
@@ -82,6 +84,20 @@ def _from_pretrained(method: Callable[..., Any]) -> Callable[..., Any]:
         return all_or_nothing(model, lambda: _saying_what_lacks(load) if ours else load(), needs_us=True)
 
     return from_pretrained
+
+
+def _not_mixed(method: Callable[..., None]) -> Callable[..., None]:
+    @wraps(method)
+    def put(self: PeftMixedModel, *args: Any, **kwargs: Any) -> None:
+        ours = next((each for each in (*args, *kwargs.values()) if isinstance(each, AdapterConfig)), None)
+        if ours is not None:
+            raise ValueError(
+                f"{type(ours).__name__} can't be used with PeftMixedModel (mixed=True). Leave mixed out: "
+                "loraplex.add_adapter(model, name, config) puts adapters of different loraplex methods on one model."
+            )
+        method(self, *args, **kwargs)
+
+    return put
 
 
 def _saying_what_lacks(load: Callable[[], Any]) -> Any:
