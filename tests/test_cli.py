@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import loraplex
-from loraplex.commands.cli import main, split_overrides
+from loraplex.commands.cli import COMMANDS, build_parser, main, split_overrides
+from loraplex.commands.keys import sections
 from loraplex.recipes.config.arguments import adapter_config, check_train
 from loraplex.recipes.config.run_config import load_run
 from loraplex.recipes.console import quiet
@@ -40,7 +41,6 @@ try:
 finally:
     print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "transformers", "peft", "rich", "yaml"}))
 """
-COMMANDS = ["train", "eval", "compare", "export", "merge", "budget", "inspect", "exec", "cache"]
 
 
 def script(*arguments):
@@ -78,7 +78,7 @@ def test_help_has_a_line_per_command(capsys):
         main(["--help"])
     assert end.value.code == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    for command in ("train", "eval", "merge", "budget", "inspect", "exec", "cache"):
+    for command in COMMANDS:
         assert sum(line.startswith(f"{command} ") for line in lines) == 1
 
 
@@ -96,15 +96,83 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert "usage: loraplex" in capsys.readouterr().err
 
 
+def split(command: str, *arguments: str) -> tuple[list[str], list[str]]:
+    return split_overrides([command, *arguments], build_parser().commands[command].options)
+
+
 def test_overrides_are_told_from_options():
-    arguments = ["train", "--adapter.r", "8", "run.yaml", "--train.max_steps", "-1", "--resume", "--method=lora"]
-    own, overrides = split_overrides(arguments)
+    arguments = ["--adapter.r", "8", "run.yaml", "--train.max_steps", "-1", "--resume", "--method=lora"]
+    own, overrides = split("train", *arguments)
     assert own == ["train", "run.yaml", "--resume"]
     assert overrides == ["--adapter.r", "8", "--train.max_steps", "-1", "--method=lora"]
-    assert split_overrides(["eval", "a", "--data", "x", "--data.0.eval_size", "3"]) == (
+    assert split("eval", "a", "--data", "x", "--data.0.eval_size", "3") == (
         ["eval", "a", "--data", "x"],
         ["--data.0.eval_size", "3"],
     )
+
+
+def test_trust_with_a_value_is_the_run_s_key():
+    assert split("train", "--trust-remote-code", "false", "run.yaml") == (
+        ["train", "run.yaml"],
+        ["--trust_remote_code=false"],
+    )
+    assert split("train", "--trust-remote-code", "run.yaml") == (["train", "--trust-remote-code", "run.yaml"], [])
+
+
+@pytest.mark.parametrize("command", [name for name, command in COMMANDS.items() if command.keys])
+def test_no_option_of_a_command_is_taken_for_a_key(command):
+    """The parser itself says which options are its own: whatever it adds, it is asked for."""
+    parser = build_parser().commands[command]
+    options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    assert {"--help", "--debug", "--trust-remote-code"} < set(options)
+    for option in options:
+        assert split(command, option) == ([command, option], [])
+
+
+@pytest.mark.parametrize("file", ["run", "study"])
+def test_no_option_of_a_command_hides_a_key(file):
+    keys = {f"--{key.name}" for section in sections(file) if not section.prefix for key in section.keys}
+    for name, command in COMMANDS.items():
+        if command.keys == file and name not in ("eval", "budget", "export", "merge"):
+            assert not keys & build_parser().commands[name].options
+
+
+def completed(shell_words: list[str], script: str, tmp_path: Path) -> list[str]:
+    """What bash offers at the end of a command line, with the script that `loraplex completion bash` prints."""
+    (tmp_path / "script").write_text(script)
+    words = " ".join(f"'{word}'" for word in shell_words)
+    code = (
+        f"source {tmp_path / 'script'}; COMP_WORDS=({words}); COMP_CWORD={len(shell_words) - 1}; "
+        "$(complete -p loraplex | sed 's/.*-F \\([^ ]*\\).*/\\1/'); printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_keys_and_values(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "my.yaml").touch()
+    assert completed(["loraplex", "bu"], script, tmp_path) == ["budget"]
+    assert completed(["loraplex", "train", "--dry"], script, tmp_path) == ["--dry-run"]
+    assert completed(["loraplex", "train", "--train.max_"], script, tmp_path) == [
+        "--train.max_steps",
+        "--train.max_length",
+    ]
+    assert completed(["loraplex", "train", "--adapter.num_ex"], script, tmp_path) == ["--adapter.num_experts"]
+    assert completed(["loraplex", "train", "--data.0.eval_si"], script, tmp_path) == ["--data.0.eval_size"]
+    assert completed(["loraplex", "train", "--train.on_nonfinite", "s"], script, tmp_path) == ["stop", "skip"]
+    assert completed(["loraplex", "compare", "--alpha"], script, tmp_path) == ["--alpha_over_r"]
+    assert completed(["loraplex", "train", "my"], script, tmp_path) == ["my.yaml"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_are_told_what_bash_is(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("budget", "dry-run", "train.max_steps", "adapter.num_experts"):
+        assert word in script
 
 
 def test_dry_run_prints_the_resolved_configuration(capsys):

@@ -31,12 +31,14 @@ class MethodEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    method: str = Field(
-        "", description="as in a run: one of ours, lora, or another of PEFT's; default: the entry's name"
+    method: str = Field("", description="Method, as in a run; the entry's name if left out")
+    adapter: dict[str, Any] = Field(default_factory=dict, description="Fields of the method's config")
+    size: str | None = Field(
+        "r", description="The field that a budget solves for; null leaves the entry's settings alone"
     )
-    adapter: dict[str, Any] = Field(default_factory=dict, description="fields of its config")
-    size: str | None = Field("r", description="the field that a budget solves for; null = leave the settings alone")
-    learning_rates: list[Rate] | None = Field(None, min_length=1, description="instead of the study's; as many")
+    learning_rates: list[Rate] | None = Field(
+        None, min_length=1, description="Learning rates of this entry, as many as the study's; the study's if left out"
+    )
 
 
 class TaskEntry(BaseModel):
@@ -44,8 +46,13 @@ class TaskEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    data: list[DataSpec] = Field(min_length=1, description="as in a run; every entry needs an eval and a test part")
-    train: dict[str, Any] = Field(default_factory=dict, description="overrides of the study's train section")
+    data: list[DataSpec] = Field(
+        min_length=1,
+        description="Data sets, as in a run, several of them a mixture; each needs an eval_… and a test_… part",
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="Overrides of the study's train section for this task"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -58,11 +65,11 @@ class GeneralText(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    path: PathText = Field(min_length=1, description="file, folder, hub id or package:NAME")
-    split: str = Field("train", description="its split")
-    subset: str | None = Field(None, description="configuration or subset of it")
-    column: str = Field("text", description="the column of text")
-    size: Whole = Field(100, ge=1, description="how many texts, drawn at random")
+    path: PathText = Field(min_length=1, description="File, folder, hub id or package:NAME")
+    split: str = Field("train", description="Split to read, where `path` has splits")
+    subset: str | None = Field(None, description="Configuration of a hub data set, or subset of a packaged one")
+    column: str = Field("text", description="Column of the text")
+    size: Whole = Field(100, ge=1, description="Number of texts, drawn at random")
 
 
 class StudyConfig(BaseModel):
@@ -77,30 +84,51 @@ class StudyConfig(BaseModel):
         ser_json_inf_nan="constants",
     )
 
-    title: str = Field("", description="heading of the report; default: the file's name")
-    model: PathText = Field(description="as in a run; likewise gguf_file, revision, trust_remote_code, dtype, task")
-    gguf_file: PathText | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    task: Kind = "sft"
-    tasks: dict[str, TaskEntry] = Field(min_length=1, description="each is trained on by itself")
-    methods: dict[str, MethodEntry] = Field(min_length=1, description="what is compared")
-    reference: str = Field("lora", description="the method that differences are taken to")
+    title: str = Field("", description="Heading of the report; the file's name if left out")
+    model: PathText = Field(description="Base model: hub id, local folder, .gguf file, or package:NAME")
+    gguf_file: PathText | None = Field(None, description="GGUF file inside the model's folder or repository")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(False, description="Run the code that the model brings along")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="Dtype of the base model's weights")
+    task: Kind = Field("sft", description="Causal language model (sft) or classification")
+    tasks: dict[str, TaskEntry] = Field(
+        min_length=1, description="What the methods are trained on; one model for each task"
+    )
+    methods: dict[str, MethodEntry] = Field(
+        min_length=1,
+        description="What is compared: a list of names, or NAME: settings; several entries may use one method",
+    )
+    reference: str = Field("lora", description="The entry that differences are taken to")
     budget: str | None = Field(
-        None, description='trainable parameters of every method: "lora:r=8", "2M", "0.5%"; null = settings as given'
+        None,
+        description='Trainable parameters of every method: "lora:r=8", "2M", "0.5%"; null takes the settings as given',
     )
     adapter: dict[str, Any] = Field(
-        default_factory=dict, description="fields that hold for every method whose config has them"
+        default_factory=dict, description="Fields that hold for every method whose config has them"
     )
-    alpha_over_r: float | None = Field(None, gt=0, description="lora_alpha = this × r, also where r is solved for")
-    learning_rates: list[Rate] = Field(min_length=1, description="tried by every method; chosen by validation")
-    seeds: list[Seed] = Field(min_length=1, description="of adapters, dropout and the order of examples")
-    search_seeds: list[Seed] | None = Field(None, min_length=1, description="of the search; default: the first seed")
-    train: dict[str, Any] = Field(default_factory=dict, description="as in a run, without learning_rate and seed")
-    metric: Metric | None = Field(None, description="what decides; default: accuracy where answers can be right")
-    general_text: GeneralText | None = Field(None, description="text to measure forgetting on")
-    output_dir: PathText = Field(min_length=1, description="where cells and report go")
+    alpha_over_r: float | None = Field(
+        None, gt=0, description="lora_alpha as a multiple of r, also where r is solved for"
+    )
+    learning_rates: list[Rate] = Field(
+        min_length=1, description="Learning rates that every method tries; validation chooses one"
+    )
+    seeds: list[Seed] = Field(
+        min_length=1,
+        description="Seeds of adapters, dropout and the order of examples; the chosen rate is trained with each",
+    )
+    search_seeds: list[Seed] | None = Field(
+        None, min_length=1, description="Seeds of the search for a learning rate; the first seed if left out"
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="How to train, as in a run, without learning_rate and seed"
+    )
+    metric: Metric | None = Field(
+        None, description="Metric that decides; accuracy where answers can be right, else loss, if left out"
+    )
+    general_text: GeneralText | None = Field(
+        None, description="Held-out general text; its perplexity before and after training tells what was forgotten"
+    )
+    output_dir: PathText = Field(min_length=1, description="Folder for the cells and the report")
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -100,6 +100,13 @@ def _imported(method: str) -> Any:
     return cls
 
 
+def adapter_fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a method's config class that a run may set, by name."""
+    return {
+        field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in _ADAPTER_RESERVED
+    }
+
+
 def adapter_config(run: RunConfig) -> PeftConfig:
     """The method's PEFT config, its fields checked one by one.
 
@@ -107,8 +114,7 @@ def adapter_config(run: RunConfig) -> PeftConfig:
         ConfigError: a field the method doesn't have (with the nearest name), of the wrong type or out of range.
     """
     cls = config_class(run.method)
-    known = {f.name for f in dataclasses.fields(cls) if f.init} - _ADAPTER_RESERVED
-    values = _checked(cls, run.adapter, known, "adapter")
+    values = _checked(cls, run.adapter, set(adapter_fields(cls)), "adapter")
     values["task_type"] = "SEQ_CLS" if run.task == "classification" else "CAUSAL_LM"
     try:
         return cls(**values)

@@ -50,34 +50,40 @@ class DataSpec(BaseModel):
     eval_path: PathText | None = Field(None, description="Separate held-out data, in any form that `path` may have")
     eval_split: Name | None = Field(None, description="Split to evaluate on, of `eval_path` or else of `path`")
     eval_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to hold out at random")
-    eval_size: Whole | None = Field(None, gt=0, description="Number of held-out rows, drawn at random")
+    eval_size: Whole | None = Field(None, gt=0, description="Number of rows to hold out at random")
     test_path: PathText | None = Field(
-        None, description="Data to test on, which no training run looks at; like eval_path"
+        None, description="Separate data to test on, which no training run looks at, in any form that `path` may have"
     )
     test_split: Name | None = Field(None, description="Split to test on, of `test_path` or else of `path`")
-    test_fraction: float | None = Field(None, gt=0, lt=1, description="Share of the rows to test on, drawn at random")
-    test_size: Whole | None = Field(None, gt=0, description="Number of rows to test on, drawn at random")
-    split_seed: Whole | None = Field(
-        None, ge=0, description="Which rows are held out at random; the run's seed if left out"
+    test_fraction: float | None = Field(
+        None, gt=0, lt=1, description="Share of the rows to hold out for testing, at random"
     )
-    weight: float | None = Field(None, gt=0, le=1e9, description="Share in a mixture, relative to the other tasks")
+    test_size: Whole | None = Field(None, gt=0, description="Number of rows to hold out for testing, at random")
+    split_seed: Whole | None = Field(
+        None, ge=0, description="Seed that decides which rows are held out; the run's seed if left out"
+    )
+    weight: float | None = Field(
+        None, gt=0, le=1e9, description="Share in the mixture, relative to the other data sets"
+    )
     max_examples: Whole | None = Field(None, gt=0, description="Train on at most so many rows, drawn at random")
     prompt: str | None = Field(None, description="Template over the columns, e.g. 'Review: {text}\\nSentiment:'")
     response: str | None = Field(None, description="Template of the answer, e.g. '{label}'")
     messages: Name | None = Field(None, description="Column of chat messages (role, content), instead of templates")
-    labels: dict[str, str] | None = Field(None, description="Raw label to answer text or class name")
+    labels: dict[str, str] | None = Field(None, description="Raw label → answer text or class name")
     text_column: Name = Field("text", description="Text to classify")
     text_pair_column: Name | None = Field(None, description="Second text to classify together with the first")
-    label_column: Name = Field("label", description="Column that `labels` translates; the class to predict")
+    label_column: Name = Field("label", description="Column of the class to predict, which `labels` translates")
     choices: list[str] | Name | None = Field(
-        None, description="Candidate answers, or the column that lists them: evaluation scores them by likelihood"
+        None,
+        description="Candidate answers, or the column that lists them; they follow from `labels` if the response is "
+        "the label alone",
     )
 
     generate: Whole | None = Field(
         None,
         gt=0,
         le=100_000,
-        description="Evaluate exact_match too: greedy decoding of up to so many tokens writes the answer",
+        description="Evaluate exact_match too, by greedy decoding of up to so many tokens",
     )
 
     @field_validator("labels", mode="before")

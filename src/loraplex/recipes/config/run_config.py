@@ -42,27 +42,45 @@ class TrainSection(BaseModel):
 
     model_config = ConfigDict(extra="allow", validate_default=True, allow_inf_nan=False)
 
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
-    per_device_train_batch_size: Whole = Field(8, ge=1, description="examples per device and micro-step")
-    per_device_eval_batch_size: Whole = Field(16, ge=1, description="examples per evaluation batch")
-    gradient_accumulation_steps: Whole = Field(1, ge=1, description="micro-steps per update")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the mixture; max_steps wins over it")
-    max_steps: Whole = Field(-1, ge=-1, description="updates in all; -1 = by num_train_epochs")
-    warmup_steps: float = Field(0, ge=0, description="updates, or a fraction of the run if below 1")
-    lr_scheduler_type: str = Field("linear", description="linear, cosine, constant_with_warmup, …")
-    weight_decay: float = Field(0.0, ge=0, description="never applied to MultiLoRA's scaling factors")
-    max_length: Whole = Field(512, ge=8, description="tokens per example; longer prompts are cut, answers kept")
-    chat: bool = Field(True, description="put prompts and answers into the tokenizer's chat template, if it has one")
-    logging_steps: Whole = Field(1, ge=1, description="updates between two rows of metrics.jsonl")
-    eval_steps: Whole | None = Field(100, ge=1, description="updates between two evaluations; null = only the ends")
-    eval_on_start: bool = Field(True, description="evaluate the base model before training")
-    save_steps: Whole = Field(100, ge=1, description="updates between two checkpoints")
-    save_total_limit: Whole | None = Field(2, ge=1, description="checkpoints kept")
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="at a NaN or Inf in loss or gradients: stop the run, or leave the update out"
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate")
+    per_device_train_batch_size: Whole = Field(8, ge=1, description="Examples per device and micro-step")
+    per_device_eval_batch_size: Whole = Field(16, ge=1, description="Examples per device and batch of an evaluation")
+    gradient_accumulation_steps: Whole = Field(1, ge=1, description="Micro-steps per update")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time")
+    num_train_epochs: float = Field(
+        1.0, gt=0, description="Passes over the mixture of data sets; max_steps wins over it"
     )
-    seed: Whole = Field(0, ge=0, description="of the adapter, the mixture and the order of the examples")
+    max_steps: Whole = Field(-1, ge=-1, description="Number of updates; -1 takes num_train_epochs instead")
+    warmup_steps: float = Field(
+        0, ge=0, description="Updates over which the learning rate rises; below 1 a fraction of the run"
+    )
+    lr_scheduler_type: str = Field(
+        "linear", description="How the learning rate falls: linear, cosine, constant_with_warmup, …"
+    )
+    weight_decay: float = Field(
+        0.0, ge=0, description="Weight decay of AdamW; never applied to MultiLoRA's scaling factors"
+    )
+    max_length: Whole = Field(
+        512, ge=8, description="Tokens per example. A longer prompt loses its middle; the answer is kept"
+    )
+    chat: bool = Field(True, description="Put prompts and answers into the tokenizer's chat template, if it has one")
+    logging_steps: Whole = Field(
+        1,
+        ge=1,
+        description="Updates between two `train` rows of metrics.jsonl; a row is the mean since the previous one",
+    )
+    eval_steps: Whole | None = Field(
+        100, ge=1, description="Updates between two evaluations; null evaluates before and after training only"
+    )
+    eval_on_start: bool = Field(True, description="Evaluate the base model before training")
+    save_steps: Whole = Field(100, ge=1, description="Updates between two checkpoints")
+    save_total_limit: Whole | None = Field(2, ge=1, description="How many checkpoints are kept; null keeps all")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="What happens at a NaN or Inf in loss or gradients: stop the run, or skip the update"
+    )
+    seed: Whole = Field(
+        0, ge=0, description="Seed of the adapter, the held-out part, the mixture and the order of the examples"
+    )
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -82,21 +100,28 @@ class RunConfig(BaseModel):
         ser_json_inf_nan="constants",
     )
 
-    model: PathText = Field(description="hub id, local folder, or package:NAME")
+    model: PathText = Field(description="Base model: hub id, local folder, .gguf file, or package:NAME")
     gguf_file: PathText | None = Field(None, description="GGUF file inside the model's folder or repository")
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    trust_remote_code: bool = Field(False, description="run the code that a hub model brings along")
-    dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the base weights")
-    task: Literal["sft", "classification"] = Field("sft", description="causal language model, or classifier")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(False, description="Run the code that the model brings along")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="Dtype of the base model's weights")
+    task: Literal["sft", "classification"] = Field(
+        "sft", description="sft trains a causal language model on the answers; classification trains a new head too"
+    )
     method: str = Field(
-        description="the adapter's method: one of ours, lora for comparison, another of PEFT's, or module:Class"
+        description="Method of the adapter: one of ours, lora for comparison, another of PEFT's by the name of its "
+        "type (loha, adalora, …), or a config class of your own, package.module:Class"
     )
-    adapter: dict[str, Any] = Field(default_factory=dict, description="fields of the method's config (r, …)")
-    data: list[DataSpec] = Field(min_length=1, description="one entry per data set, mixed by weight")
-    train: TrainSection = Field(
-        default_factory=lambda: TrainSection.model_validate({}), description="learning rate, batch size, steps, …"
+    adapter: dict[str, Any] = Field(
+        default_factory=dict, description="Fields of the method's config: r, lora_alpha, target_modules, …"
     )
-    output_dir: PathText = Field(min_length=1, description="where adapter, checkpoints, metrics and plot go")
+    data: list[DataSpec] = Field(
+        min_length=1, description="Data sets, one entry each; several are mixed by their weights"
+    )
+    train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}), description="How to train")
+    output_dir: PathText = Field(
+        min_length=1, description="Folder for the adapter, checkpoints, metrics and the plot of the loss"
+    )
 
     @property
     def source(self) -> Any:
