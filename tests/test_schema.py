@@ -21,6 +21,7 @@ from loraplex.recipes.config.yaml_text import parse_yaml, read_yaml
 from loraplex.study.config import StudyConfig
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.registry import METHODS
+from tests.tables import PAGE, filled
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -136,3 +137,9 @@ def test_help_lists_every_key(command: str, file: str) -> None:
     words = {line.split()[0] for line in lines if line.startswith("  ")}
     assert {key.name for section in sections(file) for key in section.keys} <= words
     assert schema(file)["properties"].keys() <= words
+
+
+def test_the_tables_of_the_documents_are_current() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- keys of ") >= 6
+    assert filled(page) == page, "run: python -m tests.tables"

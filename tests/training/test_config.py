@@ -215,3 +215,12 @@ shallow: {<<: *two, extra: 1}
 def test_two_escapes_of_one_character():
     """As JSON writes it, which is YAML too."""
     assert parse_overrides(["--x", '"\\ud83d\\ude00"']) == [("x", "\U0001f600")]
+
+
+@pytest.mark.parametrize("text", ["12e4567", "1e5", "yes", "012", "0o12", "1:30", "null", "1_000", "2001-01-01", "~"])
+def test_texts_that_look_like_other_values_come_back(file, text, tmp_path):
+    """In the run.yaml beside the adapter: a commit may look like a number."""
+    run = load(file, "--revision", f"'{text}'")
+    (tmp_path / "run.yaml").write_text(to_yaml(run))
+    assert load_run(tmp_path / "run.yaml") == run
+    assert run.revision == text

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from loraplex.io.field_types import shown
 from loraplex.io.reading import file_name
 from loraplex.recipes.config.data_spec import DataSpec, Kind, PathText, Whole
-from loraplex.recipes.config.run_config import ConfigError, TrainSection, explain, joined, read_yaml, set_key
+from loraplex.recipes.config.run_config import ConfigError, TrainSection, explain, joined, set_key
+from loraplex.recipes.config.yaml_text import dump_yaml, read_yaml
 
 Metric = Literal["accuracy", "accuracy_norm", "exact_match", "f1", "loss"]
 METRICS: tuple[str, ...] = get_args(Metric)
@@ -222,4 +222,4 @@ def load_study(path: str | Path, overrides: Iterable[tuple[str, Any]] = ()) -> S
 
 def to_yaml(study: StudyConfig) -> str:
     """The resolved configuration; `load_study` reads it back to an equal one."""
-    return yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return dump_yaml(study.model_dump(mode="json"))

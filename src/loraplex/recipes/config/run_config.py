@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex.io.field_types import shown
 from loraplex.recipes.config.data_spec import DataSpec, PathText, Whole
 from loraplex.recipes.config.errors import ConfigError
-from loraplex.recipes.config.yaml_text import parse_yaml, read_yaml
+from loraplex.recipes.config.yaml_text import dump_yaml, parse_yaml, read_yaml
 
 # What people write first → the name that transformers' TrainingArguments has for it.
 _LONGEST_NAME = 200
@@ -252,7 +251,7 @@ def unknown_key(path: str, names: Iterable[str], place: str) -> str:
         return f"{place}: unknown key {shown(path)}: did you mean 'train.{_TRAIN_SYNONYMS.get(last, last)}'?"
     if near is not None:
         return f"{place}: unknown key {shown(path)}: did you mean {f'{prefix}.{near}'.lstrip('.')!r}?"
-    known = ", ".join(names) if len(names) <= 40 else "see docs/cli.md"
+    known = ", ".join(names) if len(names) <= 40 else "those that loraplex train --help lists"
     return f"{place}: unknown key {shown(path)}: known keys here are {known}."
 
 
@@ -268,5 +267,4 @@ def nearest(name: str, names: Iterable[str], synonyms: dict[str, str] | None = N
 
 def to_yaml(run: RunConfig) -> str:
     """The resolved configuration; `load_run` reads it back to an equal one."""
-    tree = run.model_dump(mode="json")
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+    return dump_yaml(run.model_dump(mode="json"))

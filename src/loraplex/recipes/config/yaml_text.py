@@ -89,11 +89,21 @@ def _children(node: Any) -> list[Any]:
     return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: a text such as "12e4567", which may be a commit, gets quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
+
+
+def dump_yaml(tree: Any) -> str:
+    """The YAML text of plain values, in their order; `parse_yaml` reads equal ones from it."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def parse_yaml(text: str, source: str) -> Any:
