@@ -79,7 +79,7 @@ def test_help_has_a_line_per_command(capsys):
     assert end.value.code == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     for command in COMMANDS:
-        assert sum(line.startswith(f"{command} ") for line in lines) == 1
+        assert sum(f"{line} ".startswith(f"{command} ") for line in lines) == 1
 
 
 def test_version(capsys):
