@@ -41,7 +41,7 @@ from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.load_checks import weights_of
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.registry import add_peft_type
-from loraplex.tuner.updates import PlainLora
+from loraplex.tuner.updates import LoraUpdate
 
 TYPES = ("MASA", "ASLORA", "DUALLORA", "MULTILORA")
 BATCH = ARCHS["llama"].inputs()
@@ -584,12 +584,12 @@ def lora_on(module: nn.Module, **settings: Any) -> Any:
 
 
 def test_plain_lora_is_read_by_these_names() -> None:
-    """`lora_A`, `lora_B`, `scaling`, `fan_in_fan_out`, `quantization_backend` of LoraLayer (updates.PlainLora)."""
+    """`lora_A`, `lora_B`, `scaling`, `fan_in_fan_out`, `quantization_backend` of LoraLayer (updates.LoraUpdate)."""
     from transformers.pytorch_utils import Conv1D
 
     for base in (nn.Linear(3, 5), Conv1D(5, 3)):
         layer = lora_on(base, use_rslora=True, fan_in_fan_out=isinstance(base, Conv1D))
-        update = PlainLora("layer", layer, "default")
+        update = LoraUpdate("layer", layer, "default")
         update.check_mergeable()
         A, B = update.lora_form()
         assert (A.shape, B.shape) == ((2, 3), (5, 2))
@@ -611,11 +611,11 @@ def test_plain_lora_is_read_by_these_names() -> None:
     ids=["dora", "bias", "embedding"],
 )
 def test_more_than_plain_lora_is_recognised(module: nn.Module, settings: dict[str, Any]) -> None:
-    """`lora_variant`, `lora_bias` and `lora_embedding_A` tell that more than B A is added (updates.PlainLora)."""
+    """`lora_variant`, `lora_bias` and `lora_embedding_A` tell that more than B A is added (updates.LoraUpdate)."""
     layer = lora_on(module, **settings)
     assert "default" in {*layer.lora_A, *layer.lora_embedding_A}
     with pytest.raises(ValueError, match="no plain LoRA"):
-        PlainLora("layer", layer, "default").check_mergeable()
+        LoraUpdate("layer", layer, "default").check_mergeable()
 
 
 def test_how_peft_matches_names() -> None:

@@ -454,14 +454,14 @@ def test_offloaded_shards_are_gathered_where_the_ranks_compute(monkeypatch: pyte
 
     monkeypatch.setattr(parallel.dist, "all_gather_into_tensor", gather)
     like = zero3(torch.arange(4.0))
-    result = parallel.whole(parallel.part(like), like)
+    result = parallel.full_tensor(parallel.to_local(like), like)
     assert torch.equal(result.cpu(), torch.arange(6.0).view(2, 3))
 
 
 def test_shards_on_the_disk_are_refused() -> None:
     enum = pytest.importorskip("deepspeed.runtime.zero.offload_config").OffloadDeviceEnum
     with pytest.raises(ValueError, match=r"nvme.*\"cpu\""):
-        parallel.part(zero3(torch.empty(0), enum.nvme))
+        parallel.to_local(zero3(torch.empty(0), enum.nvme))
 
 
 # Refusals and seams
@@ -477,7 +477,7 @@ def test_a_layer_that_is_loaded_as_a_whole_is_not_trained(tmp_path: Path) -> Non
 
 
 def test_what_accelerate_sets_when_it_hooks_a_module() -> None:
-    """The seam of placement.Resident: `_old_forward`, then init_hook takes the tensors, then `_hf_hook`."""
+    """The seam of placement.NeverOffloaded: `_old_forward`, then init_hook takes the tensors, then `_hf_hook`."""
     seen = []
 
     class Watched(nn.Linear):

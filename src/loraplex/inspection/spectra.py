@@ -19,7 +19,7 @@ from loraplex.tuner.factors import Factors
 from loraplex.tuner.families import layer_depth, role
 from loraplex.tuner.findings import Finding, as_dict, find
 from loraplex.tuner.gates import GatedFactors
-from loraplex.tuner.updates import PlainLora, Update, adapted
+from loraplex.tuner.updates import LoraUpdate, Update, adapted
 
 EXACT_SIZE = 2048
 """Updates without a low-rank form are decomposed in full up to this many rows or columns."""
@@ -93,7 +93,7 @@ def analyse(model: nn.Module, adapter_name: str = "default") -> Analysis:
     found = Analysis(description.method, findings=list(description.findings))
     updates = [update for _, update in adapted(model, adapter_name, mergeable=False)]
     for update in updates:
-        if isinstance(update, PlainLora):
+        if isinstance(update, LoraUpdate):
             update.check_mergeable()
         found.spectra.append(_spectrum(update))
     layers = [update for update in updates if isinstance(update, Factors)]

@@ -18,7 +18,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from loraplex.runtime.optimizer_steps import holds
-from loraplex.runtime.parallel import is_sharded, part
+from loraplex.runtime.parallel import is_sharded, to_local
 
 MISSED_STEPS = 3
 """Steps of other optimizers, each after a backward pass through an adapter, that prove its own one is hidden."""
@@ -109,7 +109,7 @@ class Watch:
     def _look_at(self, parameter: nn.Parameter) -> None:
         if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        sample = part(parameter).flatten()[:64].clone()
+        sample = to_local(parameter).flatten()[:64].clone()
         self._changes += self._sample is not None and not torch.equal(sample, self._sample)
         self._sample = sample
 

@@ -36,7 +36,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or _is_zero3(tensor)
 
 
-def part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing the memory: of its own shape (FSDP2) or flat and padded (ZeRO-3)."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
@@ -52,7 +52,7 @@ def part(tensor: Tensor) -> Tensor:
     return shard.detach()
 
 
-def whole(parts: Tensor, like: Tensor) -> Tensor:
+def full_tensor(parts: Tensor, like: Tensor) -> Tensor:
     """The tensor whose `parts` the ranks hold as they hold those of `like`. If that is sharded, all must call this."""
     if isinstance(like, DTensor):
         mesh, places = like.device_mesh, like.placements
@@ -69,7 +69,7 @@ def whole(parts: Tensor, like: Tensor) -> Tensor:
     return gathered[: zero.ds_numel].view(zero.ds_shape)
 
 
-def cut(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole `tensor` that every rank has; the inverse of `whole`."""
     if isinstance(like, DTensor):
         # None: nothing is sent, each rank cuts its own copy.
@@ -82,7 +82,7 @@ def cut(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.nn.functional.pad(mine, (0, size - mine.numel()))
 
 
-def whole_shape(like: Tensor) -> torch.Size:
+def full_shape(like: Tensor) -> torch.Size:
     """The shape of the tensor that `whole` makes."""
     return like.ds_shape if _is_zero3(like) else like.shape  # type: ignore[attr-defined]
 
@@ -119,7 +119,7 @@ def ddp_group() -> Any:
     return None if ddp is None else ddp.process_group
 
 
-def announce_reads(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+def register_external_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Have ZeRO-3 gather `parameters`, which another module owns, for the forward and backward of `module`.
 
     It notices such reads by itself only where they happen to find a parameter that is not gathered at that moment.
@@ -160,7 +160,7 @@ def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The frozen weights are not gathered: what is held beside the shards is one factor at a time.
     """
     return {
-        name.replace(_CHECKPOINT_PREFIX, ""): whole(part(tensor), tensor).cpu()
+        name.replace(_CHECKPOINT_PREFIX, ""): full_tensor(to_local(tensor), tensor).cpu()
         for name, tensor in adapter_tensors(model)
     }
 

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 
-class Resident(nn.Module):
+class NeverOffloaded(nn.Module):
     """A module whose own tensors accelerate does not offload: they move to the device where the module is to run."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -126,7 +126,7 @@ def refuse_loaded_with_parent(model: nn.Module) -> None:
     """Raise a ValueError where accelerate loads trained factors as a part of a larger module, as new parameters."""
     for name, module in model.named_modules():
         if any(hook.offload and hook.place_submodules for hook in _hooks(module)):
-            inside = (m for m in module.modules() if isinstance(m, Resident))
+            inside = (m for m in module.modules() if isinstance(m, NeverOffloaded))
             if any(p.requires_grad for m in inside for p in m.parameters()):
                 raise ValueError(
                     f"accelerate loads {name} ({type(module).__name__}) as a whole for each forward, adapters "

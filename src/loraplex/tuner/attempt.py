@@ -19,7 +19,7 @@ class Attempt:
     """What a model is like when an attempt to change it begins.
 
     Of every module: its attributes, and what its own dictionaries, lists and sets hold (submodules, parameters, hooks,
-    names of adapters). That is cheap, since no tensor is copied; values that will be overwritten are kept by `keep`.
+    names of adapters). That is cheap, since no tensor is copied; `back_up` copies those that will be overwritten.
     """
 
     def __init__(self, model: nn.Module, needs_us: bool = False, weights: Any = None) -> None:
@@ -37,7 +37,7 @@ class Attempt:
         """Whether undoing this attempt restores `model` too."""
         return id(model) in self._known
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
+    def back_up(self, tensors: Iterable[Tensor]) -> None:
         """Copy the values of those tensors that the model had at the beginning: they are about to be overwritten."""
         self._values += [(t, t.detach().clone()) for t in tensors if id(t) in self._tensors]
 

@@ -27,8 +27,9 @@ from loraplex.io.field_types import shown
 from loraplex.tuner.adapter_files import read_settings
 from loraplex.tuner.attempt import all_or_nothing
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.load_checks import tensors_of, warn_of_nonfinite
+from loraplex.tuner.load_checks import warn_of_nonfinite
 from loraplex.tuner.model import AdapterModel
+from loraplex.tuner.saved_tensors import tensors_of
 
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 

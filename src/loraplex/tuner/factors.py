@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.numerics.products import product
-from loraplex.runtime.placement import Resident
+from loraplex.runtime.placement import NeverOffloaded
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.findings import Finding
 
@@ -19,7 +19,7 @@ _MOST_RANKS = 16
 """How many times in + out the ranks of all parts of an adapter may come to."""
 
 
-class Factors(Resident, ABC):
+class Factors(NeverOffloaded, ABC):
     """What one adapter owns on one layer, and its equation. A method subclasses this once.
 
     The dtype of `lora_A`, which is a parameter or a property that reads a shared one, is the dtype in which the method

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loraplex.runtime.parallel import part
+from loraplex.runtime.parallel import to_local
 
 _allowed: ContextVar[bool] = ContextVar("allowed", default=False)
 
@@ -32,7 +32,7 @@ def allow_nonfinite() -> Iterator[None]:
 
 
 def check_factors(update: Any) -> None:
-    """Raise a ValueError where the factors of an update (`Factors` or `PlainLora`) hold NaN or Inf."""
+    """Raise a ValueError where the factors of an update (`Factors` or `LoraUpdate`) hold NaN or Inf."""
     if not _allowed.get():
         form = update.lora_form()
         check_finite(update.module_name, update.parameters() if form is None else form)
@@ -49,5 +49,5 @@ def check_finite(name: str, tensors: Iterable[Tensor]) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no Inf in what this process holds of `tensor`; true on the meta device."""
-    local = part(tensor)
+    local = to_local(tensor)
     return local.is_meta or bool(local.isfinite().all())

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from loraplex.runtime.parallel import part
+from loraplex.runtime.parallel import to_local
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.factors import Factors
 from loraplex.tuner.findings import Finding
@@ -67,7 +67,7 @@ class GatedFactors(Factors):
         """SHA-256 of `calibrated_tensors`, equal on any device and in any dtype that holds the same values."""
         digest = hashlib.sha256(repr(self.scaling).encode())
         for factor in self.calibrated_tensors():
-            digest.update(part(factor).double().cpu().numpy().tobytes())
+            digest.update(to_local(factor).double().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def lora_form(self) -> tuple[Tensor, Tensor]:

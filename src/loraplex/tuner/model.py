@@ -27,20 +27,16 @@ from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLayer, AdapterLinear
 from loraplex.tuner.left_out import asks_for_all, warn_of_left_out
-from loraplex.tuner.load_checks import (
-    check_config,
+from loraplex.tuner.load_checks import back_up_values, check_config, check_tensors, warn_of_nonfinite, weights_of
+from loraplex.tuner.mixed_batches import passed_down
+from loraplex.tuner.model_merging import MergingModel
+from loraplex.tuner.saved_tensors import (
     check_none_lost,
-    check_tensors,
-    keep_values,
     read_tensors,
     shared_with_prefix,
     to_model_keys,
     to_their_dtypes,
-    warn_of_nonfinite,
-    weights_of,
 )
-from loraplex.tuner.mixed_batches import passed_down
-from loraplex.tuner.model_merging import MergingModel
 from loraplex.tuner.schedule import Scheduled
 from loraplex.tuner.schedule_callback import join_trainers
 from loraplex.tuner.sharing import SharedFactors
@@ -84,7 +80,7 @@ class AdapterModel(MergingModel):
         def change() -> None:
             put(low_cpu_mem_usage=low_cpu_mem_usage)
             guard(model)
-            keep_values(model, keys)
+            back_up_values(model, keys)
 
         try:
             check_config(model, config)
@@ -296,7 +292,7 @@ class AdapterModel(MergingModel):
         check_none_lost(state_dict, state)
         check_tensors(model, adapter_name, config, state)
         warn_of_nonfinite(state, config.method)
-        keep_values(model, state)
+        back_up_values(model, state)
         to_their_dtypes(model, config.method, state)
         return state
 

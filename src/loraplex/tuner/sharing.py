@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loraplex.io.field_types import shown
-from loraplex.runtime.parallel import announce_reads, is_sharded, part, replicated
-from loraplex.runtime.placement import Resident
+from loraplex.runtime.parallel import is_sharded, register_external_parameters, replicated, to_local
+from loraplex.runtime.placement import NeverOffloaded
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.factors import Factors
 from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding
 
 
-class SharedFactors(Resident):
+class SharedFactors(NeverOffloaded):
     """What the layers of one adapter share: parameters, and the state of its schedule. A method subclasses this once.
 
     Names of parameters and buffers hold no dot, `<family>__<factor>`: PEFT looks for the adapter's name in a key just
@@ -58,7 +58,7 @@ class SharedFactors(Resident):
         if mode and first is not None and is_sharded(first) and not self._announced:
             self._announced = True
             for factors in self.member_factors():
-                announce_reads(factors, self.read_by(factors))
+                register_external_parameters(factors, self.read_by(factors))
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> SharedFactors:
@@ -142,14 +142,14 @@ class SharedFactors(Resident):
                     f"{tuple(like.shape)} here: the file is broken, or for another model."
                 )
             if not value.is_meta:
-                self.check_buffer(name, part(value))
+                self.check_buffer(name, to_local(value))
 
     def check_loaded(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """`check_state` of a state dict, which may have been cast as a whole to another dtype."""
         state = {name: state_dict[prefix + name] for name in self.buffer_names() if prefix + name in state_dict}
         for name, value in state.items():
             cast = value.to(self.get_buffer(name).dtype)
-            if value.is_meta or torch.equal(part(cast).to(value.dtype), part(value)):
+            if value.is_meta or torch.equal(to_local(cast).to(value.dtype), to_local(value)):
                 state[name] = cast
         self.check_state(state)
 

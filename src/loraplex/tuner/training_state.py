@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from loraplex.io.field_types import shown
 from loraplex.io.reading import message_of
 from loraplex.runtime.optimizer_steps import holds
-from loraplex.runtime.parallel import cut, is_sharded, part, whole, whole_shape
+from loraplex.runtime.parallel import full_shape, full_tensor, is_sharded, shard_like, to_local
 
 _MOST_STEPS = 10**12
 _AGAIN = "Copy the checkpoint again, or resume from an earlier one."
@@ -118,7 +118,7 @@ class TrainingState:
             for key, entry in entries.items():
                 value = entry["step"] if isinstance(entry, dict) else entry  # so that no optimizer casts it
                 tensor = isinstance(value, Tensor)
-                state[f"{name}/{key}"] = whole(value, parameters[name]).cpu() if tensor else torch.tensor(value)
+                state[f"{name}/{key}"] = full_tensor(value, parameters[name]).cpu() if tensor else torch.tensor(value)
         return state
 
     def check(self, state: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
@@ -132,7 +132,7 @@ class TrainingState:
         for name, entries in found.items():
             like = parameters[name]
             self.stored_here[name] = {
-                key: cut(value.to(part(like).device), like) if value.ndim else value.item()
+                key: shard_like(value.to(to_local(like).device), like) if value.ndim else value.item()
                 for key, value in entries.items()
             }
 
@@ -172,7 +172,7 @@ def check_training_state(
             continue
         if name not in parameters or key not in kinds:
             raise ValueError(f"The training state holds {shown(path)}, which belongs to nothing here. {_AGAIN}")
-        shape = () if kinds[key] else tuple(whole_shape(parameters[name]))
+        shape = () if kinds[key] else tuple(full_shape(parameters[name]))
         if tuple(value.shape) != shape or value.is_floating_point() == kinds[key] or value.is_complex():
             raise ValueError(
                 f"{shown(path)} is {value.dtype} {shown(tuple(value.shape))} in the training state; it must be "

@@ -22,7 +22,7 @@ ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
-class PlainLora:
+class LoraUpdate:
     """PEFT's own LoRA on one layer, seen as the update that it is."""
 
     module_name: str
@@ -72,7 +72,7 @@ class PlainLora:
         return []
 
 
-Update = Factors | PlainLora
+Update = Factors | LoraUpdate
 
 
 def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list[tuple[BaseTunerLayer, Update]]:
@@ -95,7 +95,7 @@ def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list
         if isinstance(layer, AdapterLinear) and (factors := layer.factors(adapter_name)) is not None:
             found.append((layer, factors))
         elif isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}:
-            found.append((layer, PlainLora(name.removeprefix(ROOT), layer, adapter_name)))
+            found.append((layer, LoraUpdate(name.removeprefix(ROOT), layer, adapter_name)))
     if mergeable:
         for _, update in found:
             update.check_mergeable()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraplex.runtime.parallel import part
+from loraplex.runtime.parallel import to_local
 from loraplex.tuner.schedule import StateOf
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class RunningAverages:
         self._check(family, states, steps, merged)
         averages = {}
         for layer, state in states.items():
-            B = part(own[layer])
+            B = to_local(own[layer])
             t = state["aslora_steps"] = state.get("aslora_steps", 0) + 1
             averages[layer] = update_average(_stored_average(state, B), B, t)
             # Loading a state dict casts every entry to its parameter's dtype, except one under the key "step".

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraplex.methods.aslora.averages import RunningAverages
 from loraplex.methods.aslora.merges import check_merges
-from loraplex.runtime.parallel import part
+from loraplex.runtime.parallel import to_local
 from loraplex.tuner.factors import Factors, kaiming_
 from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding, Handover, Handovers
@@ -116,7 +116,7 @@ class MergeMaps(Scheduled):
         for family in self.families:
             merges = state.get(f"{prefix}{family}__merges")
             if merges is not None:
-                for layer, owner in enumerate(part(merges)[0].tolist()):
+                for layer, owner in enumerate(to_local(merges)[0].tolist()):
                     B = state.get(f"{prefix}{family}__lora_B_{owner}")
                     if B is not None:
                         # No layer reads it, but the number of a run's parameters must not change.

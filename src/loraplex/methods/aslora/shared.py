@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraplex.methods.aslora.averages import STATE_KEYS, RunningAverages
 from loraplex.methods.aslora.maps import MergeMaps
 from loraplex.methods.aslora.merges import closest_pair, merge_due
-from loraplex.runtime.parallel import part, whole
+from loraplex.runtime.parallel import full_tensor, to_local
 from loraplex.tuner.schedule import StateOf
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,9 @@ class AsLoraShared(MergeMaps):
     def _choose(self, family: str, averages: dict[int, Tensor]) -> tuple[int, int]:
         """The pair that this rank would merge; (-1, -1) if a distance is NaN."""
         # Distances need full tensors. Merges are few, so shards are gathered only now.
-        averages = {layer: whole(average, self.B(family, layer)) for layer, average in averages.items()}
+        averages = {layer: full_tensor(average, self.B(family, layer)) for layer, average in averages.items()}
         A = getattr(self, f"{family}__lora_A")
-        A = whole(part(A), A) if self.config.merge_distance == "update" else None
+        A = full_tensor(to_local(A), A) if self.config.merge_distance == "update" else None
         # A device map may give parameters of the bank to several devices.
         device = next(iter(averages.values())).device
         averages = {layer: average.to(device) for layer, average in averages.items()}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraplex.export.base_model import reading
 from loraplex.recipes.progress import progress
-from loraplex.runtime.parallel import whole_shape
+from loraplex.runtime.parallel import full_shape
 
 _CHUNK = 256  # examples per call of the tokenizer
 
@@ -69,7 +69,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, rows: Dataset, max_length: 
 
 def check_vocabulary(tokens: Iterable[list[int]], model: Any) -> None:
     """Raise a ValueError if a tokenizer that is not the model's writes tokens which the model does not know."""
-    known = whole_shape(model.get_input_embeddings().weight)[0]  # ZeRO-3 holds none of it between its uses
+    known = full_shape(model.get_input_embeddings().weight)[0]  # ZeRO-3 holds none of it between its uses
     for sequence in tokens:
         if sequence and not 0 <= min(sequence) <= max(sequence) < known:
             raise ValueError(

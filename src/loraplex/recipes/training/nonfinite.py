@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.training.checkpoints import RUN_NAME, checkpoints, fault_of
 from loraplex.recipes.training.trace import Finding, Trace, kind_of, readable
-from loraplex.runtime.parallel import is_sharded, part
+from loraplex.runtime.parallel import is_sharded, to_local
 
 MAX_SKIPPED = 10
 """Updates in a row that may be left out; then the run stops."""
@@ -226,7 +226,7 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def _broken_parameter(named: Iterable[tuple[str, nn.Parameter]]) -> Finding | None:
-    broken = [(name, p, kind) for name, p in named if (kind := kind_of([part(p)]))]
+    broken = [(name, p, kind) for name, p in named if (kind := kind_of([to_local(p)]))]
     if not broken:
         return None
     name, parameter, kind = broken[0]
@@ -248,7 +248,7 @@ def _all_masked(inputs: Mapping[str, Any]) -> bool:
 
 def _norm(tensors: Iterable[Tensor | None], norm_type: float) -> Tensor:
     """Of all tensors together; NaN or Inf if any element is, and nobody has to wait for it."""
-    local = [part(t) for t in tensors if t is not None]
+    local = [to_local(t) for t in tensors if t is not None]
     return torch.nn.utils.get_total_norm([t for t in local if t.numel()], norm_type)
 
 

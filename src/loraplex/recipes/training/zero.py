@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import _init_optim_state
 
 from loraplex.io.files import write_tensors
-from loraplex.runtime.parallel import adapter_tensors, cut, is_sharded, part
+from loraplex.runtime.parallel import adapter_tensors, is_sharded, shard_like, to_local
 
 ZERO_NAME = "optimizer.safetensors"
 
@@ -56,7 +56,7 @@ def load_state(engine: Any, folder: Path) -> None:
         for key in ("weight", *moments):
             if (value := tensors.get(f"{key}/{name}")) is None:
                 raise ValueError(f"{folder / ZERO_NAME} lacks {key} of {name}: it is of another adapter.")
-            _put(parameter, value.to(part(parameter).device), None if key == "weight" else key)
+            _put(parameter, value.to(to_local(parameter).device), None if key == "weight" else key)
     for state in engine.optimizer.optimizer.state.values():
         for key in counts:
             # Copied: each group counts its steps in a tensor of its own.
@@ -73,13 +73,13 @@ def _put(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
     from deepspeed import utils
 
     sharded = is_sharded(parameter)
-    mine = cut(value, parameter) if sharded else value
+    mine = shard_like(value, parameter) if sharded else value
     if key is not None:
         set_state = utils.safe_set_local_optimizer_state if sharded else utils.safe_set_full_optimizer_state
         set_state(parameter, mine, key)
         return
     (utils.safe_set_local_fp32_param if sharded else utils.safe_set_full_fp32_param)(parameter, mine)
-    part(parameter).copy_(mine)
+    to_local(parameter).copy_(mine)
     if sharded and parameter.numel():
         parameter.data.copy_(value)  # small ones stay gathered
 
