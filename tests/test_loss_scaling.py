@@ -32,7 +32,7 @@ def _nothing_stays() -> Iterator[None]:
     gc.collect()
     loss_scaling.forward_begins()
     assert not loss_scaling._passes
-    assert not loss_scaling._told
+    assert not loss_scaling._given
     assert all(bound.item() == 1 for bound in loss_scaling._bounds.values())
 
 

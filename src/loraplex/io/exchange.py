@@ -1,4 +1,4 @@
-"""Exchanging two names in one step, where the system can."""
+"""Exchanges two names of a file system in one step, if the system can."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# What kernels and file systems answer that can't: the caller renames twice instead.
+# The errors of kernels and file systems that can't do it: the caller renames twice instead.
 _CAN_NOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
@@ -29,7 +29,10 @@ _renameat2 = _find()
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange what two names of one file system stand for, in one step; False, with nothing done, if that can't be.
+    """Exchange the files or folders of two names of one file system, in one step.
+
+    Returns:
+        False, with nothing done, if the system can't do it.
 
     Raises:
         OSError: as `os.rename`.

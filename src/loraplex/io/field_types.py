@@ -1,4 +1,4 @@
-"""Checks the fields of a config against their type hints, whether a user or a file gave them."""
+"""Checks the values of a config's fields, which come from a user or a file, against the fields' type hints."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _show.maxstring = _show.maxother = 200
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, of large values only the beginning."""
+    """`repr(value)`; only the beginning of it if the value is large."""
     text = _show.repr(value)
     return text if len(text) <= 400 else f"{text[:400]}…"
 
 
 def check_types(cls: Any, values: Mapping[str, Any]) -> None:
-    """Check that each value has the type that the field of `cls` by its name declares; other names are left alone.
+    """Check that each value has the type of the field of `cls` with its name; other names are ignored.
 
     Raises:
         ValueError: names the field, the value and the type that is expected.
@@ -40,7 +40,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether `value` is what the type hint says; hints that say nothing about values fit all."""
+    """Whether `value` has the type of the hint; a hint that names no type fits every value."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
@@ -60,7 +60,7 @@ def fits(value: object, hint: Any) -> bool:
 
 
 def expected(hint: Any) -> str:
-    """What a value must be, in words: "a list of strings or a string or none"."""
+    """The type of a hint in words: "a list of strings or a string or none"."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         # Enumerations of strings are strings to users.

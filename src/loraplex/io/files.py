@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, whatever ends the process that writes them.
+"""Writes folders whole or not at all, even if the process that writes them is killed.
 
 A folder is written beside its target, under a name such as `.target.1f2e3d4c.tmp`, and then takes the target's place.
 Where the system can exchange two names in one step (Linux), the old output or the new one stands at every moment.
@@ -38,10 +38,10 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def place_of(target: Path) -> Path:
-    """The absolute path that `target` stands for: of a link, what it points to. That is what is replaced.
+    """The absolute path of the folder that will be replaced; of a link, the folder to which it points.
 
     Raises:
-        ValueError: it is no path of a folder that can be replaced.
+        ValueError: `target` is not the path of a folder that can be replaced.
     """
     if "\0" in str(target):
         raise ValueError(f"{shown(str(target))} is no path: it holds a null character.")
@@ -54,7 +54,7 @@ def place_of(target: Path) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write a safetensors file that whoever may read its folder can read; safetensors itself closes it to others."""
+    """Write a safetensors file that all who may read its folder can read. safetensors alone would shut out others."""
     from safetensors.torch import save_file  # commands that only look for a folder need no torch
 
     save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, {"format": "pt", **metadata})
@@ -63,9 +63,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
 
 @contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes when not.
+    """A temporary folder beside `target` that takes its place when the block succeeds, and is removed if it fails.
 
-    What a killed process left beside `target` is removed first.
+    Folders that a killed process has left beside `target` are removed first.
     """
     target = place_of(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, target: Path) -> None:
-    """Let `folder` take the place of `target`; what stood there is removed, and stays if anything fails before."""
+    """Let `folder` take the place of `target`. The old folder is removed last, so that it stays if anything fails."""
     with _uninterrupted():
         if not target.exists():
             os.rename(folder, target)
@@ -88,7 +88,7 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 def _rename_twice(folder: Path, target: Path) -> Path:
     old = folder.with_name(_beside(target, "old").name)
-    with _claimed(target):  # so that nobody takes it for what a dead process left
+    with _claimed(target):  # so that no process takes it for a leftover
         os.rename(target, old)
         try:
             os.rename(folder, target)
@@ -99,9 +99,9 @@ def _rename_twice(folder: Path, target: Path) -> Path:
 
 
 def recover(target: Path) -> None:
-    """Put the old `target` back if a process was killed after it had moved it away and before it put the new one.
+    """Put the old `target` back if a process was killed after moving it away and before the new one was in place.
 
-    Nothing is done where something stands at `target`, or where it can't be told what stood there.
+    Nothing is done if `target` exists, or if several folders could have been the old one.
     """
     target = place_of(target)
     if target.exists():
@@ -114,7 +114,7 @@ def recover(target: Path) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what processes that are dead left beside `target`; an old output only where another one stands."""
+    """Remove the folders that dead processes have left beside `target`; the old output only if `target` exists."""
     for path in _leftovers(target):
         if path.suffix == ".old" and not target.exists():
             continue
@@ -124,7 +124,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def _beside(target: Path, suffix: str) -> Path:
-    # Not the process's id: in a container the next process often has the same one.
+    # Not the process's id, which the next process in a container often has again.
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
 
@@ -138,7 +138,7 @@ def _leftovers(target: Path) -> list[Path]:
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target`, claimed as long as this process lives, and removed when the block ends."""
+    """A new folder beside `target`, which this process claims, and which is removed when the block ends."""
     while True:
         folder = _beside(target, "tmp")
         try:
@@ -195,15 +195,15 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. Only the main thread hears it."""
+    """A block after whose end Ctrl-C takes effect. Only the main thread gets the signal."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    heard: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: heard.append(arguments))
+    received: list[Any] = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if heard and callable(before):
-            before(*heard[0])
+        if received and callable(before):
+            before(*received[0])

@@ -1,7 +1,7 @@
-"""Reading what others wrote: JSON with limits, names before they become paths, and text before it is shown.
+"""Reads files that others wrote: JSON with limits, names before they become paths, and text before it is shown.
 
-Adapters, base models, runs and data sets are files that people download. What they say is checked here, once, for all
-commands. Nothing in this module imports torch.
+Adapters, base models, runs and data sets are files that people download. Their contents are checked here, once, for all
+commands. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from loraplex.io.field_types import shown
 
 MAX_BYTES = 64 * 2**20
-"""Size of a JSON file that is read at all; the index of the largest checkpoints has a few MiB."""
+"""The largest JSON file that is read. The index of the largest checkpoints has a few MiB."""
 MAX_DEPTH = 100
-"""Levels of lists and mappings in each other."""
+"""The most levels of nested lists and mappings."""
 MAX_MESSAGE = 3000
-"""Characters of an error message."""
+"""The longest error message, in characters."""
 
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 # Control characters, those that reorder text, line separators, and halves of surrogate pairs: a terminal obeys some of
@@ -28,25 +28,26 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would obey instead of showing it written as an escape."""
+    """`text` with escapes for all characters that a terminal would obey instead of showing them."""
     return _UNSEEN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def json_text(value: Any) -> str:
-    """A value as JSON for the terminal: letters of all languages as they are, what a terminal obeys as escapes."""
+    """A value as JSON for the terminal: with the letters of all languages, and escapes for what a terminal obeys."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def yaml_text(value: object) -> str:
-    """A name as a value in YAML or a model card's head: as it is where it is a plain one, else in quotes."""
+    """A name as a value in YAML or a model card's head: in quotes if it holds unusual characters."""
     text = str(value)
     return text if re.fullmatch(r"[\w./@+-]+", text) else json.dumps(text)
 
 
 def message_of(error: BaseException | str, most: int = MAX_MESSAGE) -> str:
-    """An error's message as it may be printed: without control characters, and no longer than `most`, which is a screen
-    or two; a message that is a part of another takes less.
+    """An error's message for printing: without control characters, and of at most `most` characters.
+
+    The default is a screen or two. A message that is a part of another one takes less.
     """
     text = printable(str(error))
     if len(text) <= most:
@@ -56,14 +57,14 @@ def message_of(error: BaseException | str, most: int = MAX_MESSAGE) -> str:
 
 
 def file_name(name: object, source: object) -> str:
-    """`name`, once it is sure to be a plain file name that stays in the folder it is joined to.
+    """`name`, after a check that it is a file name and stays in the folder to which it is joined.
 
     Args:
-        name: what a file says.
-        source: where it says so, for the message.
+        name: a name that comes from a file.
+        source: that file, for the message.
 
     Raises:
-        ValueError: it is no text, or a path, or a name that some system gives a meaning.
+        ValueError: it is not text, is a path, or has a meaning on some system.
     """
     ok = (
         isinstance(name, str)
@@ -82,10 +83,10 @@ def file_name(name: object, source: object) -> str:
 
 
 def relative_path(name: object, source: object) -> Path:
-    """`name` as a path below a folder, each part of it a plain file name.
+    """`name` as a path below a folder, each part of which `file_name` accepts.
 
     Raises:
-        ValueError: it is absolute, climbs out of the folder, or holds a name that some system gives a meaning.
+        ValueError: it is absolute, leaves the folder, or has a part with a meaning on some system.
     """
     if not isinstance(name, str) or not name:
         file_name(name, source)
@@ -109,7 +110,7 @@ def read_text(path: Path, what: str = "text", limit: int = MAX_BYTES) -> str:
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: it is no file, too large, or not UTF-8.
+        ValueError: it is not a file, is too large, or is not UTF-8.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file, but {what} should stand there.")
@@ -126,7 +127,7 @@ def read_text(path: Path, what: str = "text", limit: int = MAX_BYTES) -> str:
 def read_json(
     path: Path, kind: type[dict[Any, Any]] | type[list[Any]] | None = None, remedy: str = "copy or download it again"
 ) -> Any:
-    """What a JSON file holds, of at most `MAX_BYTES` and `MAX_DEPTH` levels.
+    """The value in a JSON file of at most `MAX_BYTES` bytes and `MAX_DEPTH` levels.
 
     Args:
         path: the file.
@@ -145,7 +146,7 @@ def read_json(
 
 
 def parse_json(text: str, where: str, remedy: str = "") -> Any:
-    """The value of a JSON text of at most `MAX_DEPTH` levels; `where` names it in errors.
+    """The value of a JSON text of at most `MAX_DEPTH` levels. `where` names the text in errors.
 
     Raises:
         ValueError: it is not JSON, or nested too deeply.
@@ -159,14 +160,14 @@ def parse_json(text: str, where: str, remedy: str = "") -> Any:
         raise ValueError(f"{where} is not JSON ({error}){end}") from None
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{where} holds a number that can't be read ({error}){end}") from None
-    # Few texts hold so many brackets that the depth must be counted.
+    # Few texts have enough brackets to be that deep: only theirs is counted.
     if text.count("[") + text.count("{") > MAX_DEPTH and depth_of(value, MAX_DEPTH) > MAX_DEPTH:
         raise ValueError(f"{where} is nested in more than {MAX_DEPTH} levels{end}")
     return value
 
 
 def depth_of(value: Any, limit: int) -> int:
-    """Levels of lists and mappings in each other; counting ends beyond `limit`."""
+    """How many levels of lists and mappings are nested in a value. Counting stops beyond `limit`."""
     level, depth = [value], 0
     while level and depth <= limit:
         level = [inner for item in level for inner in _items(item)]

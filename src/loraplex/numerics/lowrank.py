@@ -1,4 +1,4 @@
-"""Singular values of updates ΔW that are never formed: from two factors, or tile by tile.
+"""Singular values of updates ΔW that are never formed as a whole: from two factors, or tile by tile.
 
 Shapes: W (out, in), A (r, in), B (out, r), k singular values; all arithmetic on factors in float64.
 """
@@ -20,7 +20,7 @@ _TILE_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True)
 class Svd:
-    """The leading k singular triplets of a matrix, U S V, and what they leave out."""
+    """The leading k singular triplets of a matrix M ≈ U S V, and the size of the rest."""
 
     U: Tensor
     """(out, k)"""
@@ -80,14 +80,14 @@ def row_tiles(rows: int, columns: int) -> list[slice]:
 
 
 def randomized_svd(tile: Callable[[slice], Tensor], out_features: int, in_features: int, rank: int) -> Svd:
-    """Leading `rank` singular triplets of a matrix that is only ever seen one tile of rows at a time.
+    """The leading `rank` singular triplets of a matrix, of which one tile of rows is computed at a time.
 
-    Range finder of Halko, Martinsson and Tropp (2011, algorithm 4.4) with power iterations; the same seed every
-    time, so that an export can be repeated.
+    This is the range finder of Halko, Martinsson and Tropp (2011, algorithm 4.4) with power iterations. The seed is
+    always the same, so that an export can be repeated.
 
     Args:
-        tile: rows of the matrix, `(rows, in)`.
-        rank: how many triplets; all of them where that is no fewer than the matrix has.
+        tile: returns rows of the matrix, `(rows, in)`.
+        rank: how many triplets; all of them if the matrix has no more.
     """
     tiles = row_tiles(out_features, in_features)
     width = min(rank + _OVERSAMPLING, out_features, in_features)

@@ -4,8 +4,8 @@ With `tf32=True`, `torch.set_float32_matmul_precision("high")` and the like, GPU
 to 10 bits, and oneDNN on CPUs to bfloat16's 7. Where the sign of a product decides something, as in Dual LoRA, that
 changes results; where an update is merged or exported, it takes from the update what its forward did not lose.
 
-Such products are computed in float64, which no setting reduces. The setting itself is left alone: it belongs to the
-process, and turning it off for a moment would slow down, and recompile, what other threads compute in that moment.
+Such products are computed in float64, which no setting reduces. The setting itself is left alone. It belongs to the
+process: turning it off for a moment would slow down, and recompile, the work of other threads in that moment.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Devices whose products have a setting, and by which of torch's backends it is kept.
+# Device whose products have a setting → the backend of torch that holds it.
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn", "xpu": "mkldnn"}
 
-# Before it there was one setting for all, beside allow_tf32.
+# Older versions have one setting for all devices, beside allow_tf32.
 _ONE_SETTING = torch.__version__ < "2.9"  # compared as versions
 
 # In elements.
@@ -43,20 +43,20 @@ def add_product_(total: Tensor, B: Tensor, A: Tensor) -> None:
 
 
 def tiles(matrix: Tensor) -> Iterator[slice]:
-    """Rows of `matrix` that are worked on together: a few float32 copies stay in a CPU's cache, or are few launches."""
+    """Slices of rows to work on at a time: float32 copies stay in a CPU's cache, or a GPU needs few launches."""
     rows, columns = matrix.shape
     step = max(1, (_CPU_TILE if matrix.device.type == "cpu" else _GPU_TILE) // columns)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def is_reduced(matrix: Tensor) -> bool:
-    """Whether torch may now round the operands of a product of matrices like `matrix`."""
+    """Whether torch's settings now let it round the operands of a product of matrices like `matrix`."""
     backend = _BACKENDS.get(matrix.device.type)
     return backend is not None and matrix.dtype == torch.float32 and _precision(backend) not in ("ieee", "none")
 
 
 def _precision(backend: str) -> str:
-    """ "ieee" or "none" (not set) for full precision; "tf32" or "bf16"."""
+    """The setting: "ieee" or "none" (not set) for full precision, else "tf32" or "bf16"."""
     if _ONE_SETTING:
         full = torch.get_float32_matmul_precision() == "highest"
         full = full and not (backend == "cuda" and torch.backends.cuda.matmul.allow_tf32)
@@ -71,7 +71,7 @@ def _in_float64(B: Tensor, A: Tensor) -> Tensor:
 
 @torch.library.custom_op("loraplex::product", mutates_args=())
 def _product(B: Tensor, A: Tensor) -> Tensor:
-    """`product` as one operator: compiled code must ask for the setting when it runs, not when it is compiled."""
+    """`product` as one operator: compiled code must read the setting when it runs, not when it is compiled."""
     return product(B, A)
 
 
@@ -80,7 +80,7 @@ def _(B: Tensor, A: Tensor) -> Tensor:
     return B.new_empty(B.shape[0], A.shape[1])
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -90,4 +90,4 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | 
     return gradient @ A.T if of_B else None, B.T @ gradient if of_A else None
 
 
-_product.register_autograd(_differentiate, setup_context=_keep)
+_product.register_autograd(_differentiate, setup_context=_save)

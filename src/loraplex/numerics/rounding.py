@@ -1,8 +1,8 @@
 """Rounding float32 to half precision at random: up or down, with the probabilities that make the mean exact.
 
-What is drawn depends on nothing but a layer's factors and W. So a step's forward and backward pass, activation
-checkpointing and a second forward build the same matrix, whatever torch's generators do; it differs from layer to
-layer, and after each step that changes a factor, so that the error has mean zero over the steps too.
+The random bits depend only on a layer's factors and W. So a step's forward and backward pass, activation checkpointing
+and a second forward build the same matrix, whatever torch's generators do. It differs from layer to layer, and after
+each step that changes a factor, so that the error has mean zero over the steps too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}
-"""Low bits of a float32 that a half-precision type has no room for."""
+"""Half-precision type → number of low bits of a float32 for which it has no room."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SMALLEST_NORMAL = {torch.float16: 2.0**-14}  # bfloat16's is float32's
@@ -26,8 +26,8 @@ def key(factors: tuple[Tensor, ...], weight: Tensor) -> Tensor:
 
 
 def noise(key: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the bits of a tile before those that `dtype` has no room for are cut off: int32."""
-    # A hash of each element's number, in integers that overflow.
+    """int32 numbers to add to the bits of a tile, before those are cut off for which `dtype` has no room."""
+    # A hash of each element's index, in integers that overflow.
     x = torch.arange(rows * columns, dtype=torch.int32, device=key.device).mul_(-1640531535).add_(key)
     x.bitwise_xor_(x >> 15).mul_(0x2C1B3C6D)
     x.bitwise_xor_(x >> 12).mul_(0x297A2D39)
@@ -35,11 +35,11 @@ def noise(key: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def store(out: Tensor, x: Tensor, noise: Tensor) -> None:
-    """out ← x, which is float32 and may be overwritten, rounded with `noise`. NaN and infinity stay what they are."""
+    """out ← x (float32, may be overwritten), rounded with `noise`. NaN and infinity stay what they are."""
     dropped = DROPPED[out.dtype]
     small: Tensor | None = None
     if out.dtype in _SMALLEST_NORMAL:
-        # Below the smallest normal number the values of `out` are equally far apart: 2⁻²⁴.
+        # Below the smallest normal number, the values of `out` are 2⁻²⁴ apart.
         small = torch.floor(x * 2.0**24 + noise * 2.0**-dropped) * 2.0**-24
         is_small = x.abs() < _SMALLEST_NORMAL[out.dtype]
     bits = x.view(torch.int32)

@@ -4,13 +4,13 @@ Training in float16 multiplies the loss by S, so that small gradients don't unde
 gradients by S afterwards. A clip to [−1, 1] in between is meant for the gradient of the loss itself: under a scale it
 is a clip to [−S, S].
 
-Nothing in a backward pass tells S, so what scales a loss is asked. `watch` wraps the methods of torch's gradient
-scalers and of DeepSpeed's that scale a loss: the loss that they return carries a hook, which puts S in force when the
-loss's own backward pass begins, and a callback of the autograd engine takes S out when that pass ends. Exactly that
-pass sees S. Where a loss is scaled by other means, `loss_scale` tells S.
+A backward pass does not know S. So `watch` wraps those methods of torch's and DeepSpeed's gradient scalers that scale a
+loss. The loss that they return has a hook, which puts S in force when its backward pass begins; a callback of the
+autograd engine ends that when the pass ends. So exactly that pass sees S. For a loss that is scaled by other means,
+the user passes S to `loss_scale`.
 
-The clip reads S inside an operator, from a tensor that stays at its place, so that compiled backward passes and CUDA
-graphs see today's value, and no device waits for another.
+The clip reads S inside an operator, from a tensor whose address does not change, so that compiled backward passes and
+CUDA graphs see the current value, and no device waits for another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class _Pass:
 
 
 _passes: list[_Pass] = []
-_told: list[Scale | Callable[[], Scale]] = []
+_given: list[Scale | Callable[[], Scale]] = []
+"""What `loss_scale` was given, the innermost last."""
 _bounds: dict[torch.device, Tensor] = {}
 _written: Scale = 1.0
 _watched: set[type] = set()
@@ -49,10 +50,10 @@ _watched: set[type] = set()
 
 @contextmanager
 def loss_scale(scale: Scale | Callable[[], Scale]) -> Iterator[None]:
-    """Tell by what factor the losses are multiplied whose backward passes run in this block.
+    """State the factor by which losses are multiplied whose backward passes run in this block.
 
-    Needed for Dual LoRA where a loss is scaled by other means than torch's gradient scalers or DeepSpeed, and in
-    training in float16 without a scale, which is an error otherwise:
+    Dual LoRA needs it if a loss is scaled by other means than torch's gradient scalers or DeepSpeed, and for training
+    in float16 without a scale, which is an error otherwise:
 
         with loraplex.loss_scale(1024.0):
             (1024.0 * loss).backward()
@@ -65,27 +66,27 @@ def loss_scale(scale: Scale | Callable[[], Scale]) -> Iterator[None]:
     """
     if isinstance(scale, (int, float)) and not scale > 0:
         raise ValueError(f"The loss scale must be positive, not {scale}. Without scaling it is 1.0.")
-    _told.append(scale)
+    _given.append(scale)
     _write()
     try:
         yield
     finally:
-        # The last one that is this object: numbers may be equal.
-        del _told[max(i for i, told in enumerate(_told) if told is scale)]
+        # The last entry that is this object: other entries may be equal numbers.
+        del _given[max(i for i, given in enumerate(_given) if given is scale)]
         _write()
 
 
 def bound(device: torch.device, half: bool) -> Tensor:
-    """S, float32 without dimensions on `device`: 1 where no loss is scaled. It must not be written to.
+    """S, float32 without dimensions on `device`; 1 if no loss is scaled. The tensor must not be written to.
 
     Args:
-        device: where it will be read.
+        device: the device on which it is read.
         half: whether the gradient was computed in float16.
 
     Raises:
-        RuntimeError: the gradient was computed in float16, and nothing tells S.
+        RuntimeError: the gradient was computed in float16, and S is unknown.
     """
-    if half and not _passes and not _told:
+    if half and not _passes and not _given:
         raise RuntimeError(
             "Dual LoRA is trained in float16, but no loss scale is known: the gradient of Sign is clipped to [−1, 1], "
             "and the clip has to see the gradient of the loss without its scale. torch.amp.GradScaler, accelerate, "
@@ -97,13 +98,13 @@ def bound(device: torch.device, half: bool) -> Tensor:
         with torch.inference_mode(False):
             tensor = _bounds[device] = torch.ones((), device=device)
         _write(anew=True)
-    elif not _passes and _told and callable(_told[-1]):
+    elif not _passes and _given and callable(_given[-1]):
         _write()
     return tensor
 
 
 def forward_begins() -> None:
-    """Drop what an interrupted backward pass has left: who computes a forward pass is in no backward pass."""
+    """Drop what an interrupted backward pass has left behind: a thread in a forward pass is in no backward pass."""
     if _passes and torch._C._current_graph_task_id() == -1:
         caller = threading.get_ident()
         _passes[:] = [one for one in _passes if one.caller != caller]
@@ -121,7 +122,7 @@ def _(gradient: Tensor, half: bool) -> Tensor:
 
 
 def clip(gradient: Tensor, half: bool) -> Tensor:
-    """`gradient` clipped to [−S, S] where it is finite: an overflow is left for the scaler to find."""
+    """`gradient` clipped to [−S, S] where it is finite. An overflow stays, so that the scaler finds it."""
     scale = torch.ops.loraplex.loss_scale(gradient.detach(), half)
     return torch.where(gradient.isfinite(), torch.clamp(gradient, -scale, scale), gradient)
 
@@ -129,13 +130,13 @@ def clip(gradient: Tensor, half: bool) -> Tensor:
 def _value() -> Scale:
     if _passes:
         return _passes[-1].scale
-    value = _told[-1] if _told else 1.0
+    value = _given[-1] if _given else 1.0
     return value if isinstance(value, (Tensor, int, float)) else value()
 
 
 @torch.no_grad()
 def _write(anew: bool = False) -> None:
-    """Write today's value into the tensors; a number only if it is another than before, or `anew`."""
+    """Write the current value into the tensors; a number only if it has changed, or if `anew`."""
     global _written
     if not _bounds:
         return
@@ -149,11 +150,11 @@ def _write(anew: bool = False) -> None:
             tensor.fill_(value)
 
 
-# Seeing losses being scaled
+# Noticing that a loss is scaled
 
 
 def watch() -> None:
-    """Follow the scalers that there are by now. Called when there is a method to serve, never at import."""
+    """Wrap the classes of scalers that exist by now. It is called when an adapter needs S, never at import."""
     for cls in (torch.amp.GradScaler, *_subclasses(torch.amp.GradScaler)):
         if cls not in _watched and "scale" in cls.__dict__:
             _wrap_scale(cls)
@@ -178,7 +179,7 @@ def _wrap_scale(cls: type) -> None:
     def scale_and_tell(scaler: torch.amp.GradScaler, outputs: Any) -> Any:
         scaled = scale(scaler, outputs)
         # A copy: `scaler.update()` may change the scale before the backward pass.
-        return _told_of(scaled, lambda: scaler._scale.clone()) if scaler.is_enabled() else scaled  # type: ignore[union-attr]
+        return _with_scale(scaled, lambda: scaler._scale.clone()) if scaler.is_enabled() else scaled  # type: ignore[union-attr]
 
     cls.scale = scale_and_tell  # type: ignore[attr-defined]
 
@@ -189,7 +190,7 @@ def _wrap_deepspeed(cls: Any) -> None:
 
     @wraps(scale_loss)
     def scale_and_tell(scaler: Any, loss: Tensor) -> Any:
-        return _told_of(scale_loss(scaler, loss), lambda: scaler.loss_scale)
+        return _with_scale(scale_loss(scaler, loss), lambda: scaler.loss_scale)
 
     @wraps(backward)
     def backward_and_tell(scaler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,8 +200,8 @@ def _wrap_deepspeed(cls: Any) -> None:
     cls.scale_loss, cls.backward = scale_and_tell, backward_and_tell
 
 
-def _told_of(scaled: Any, read: Callable[[], Scale]) -> Any:
-    """`scaled`, a tensor or an iterable of such, whose backward pass will put the scale in force."""
+def _with_scale(scaled: Any, read: Callable[[], Scale]) -> Any:
+    """`scaled`, a tensor or an iterable of tensors, with a hook that puts the scale in force."""
     if isinstance(scaled, Tensor):
         if scaled.requires_grad:
             scale, caller = read(), threading.get_ident()
@@ -208,9 +209,9 @@ def _told_of(scaled: Any, read: Callable[[], Scale]) -> Any:
         return scaled
     if isinstance(scaled, (list, tuple)):
         for one in scaled:
-            _told_of(one, read)
+            _with_scale(one, read)
         return scaled
-    return (_told_of(one, read) for one in scaled)
+    return (_with_scale(one, read) for one in scaled)
 
 
 def _begin(scale: Scale, caller: int) -> None:

@@ -1,10 +1,10 @@
 """4-bit weights that bitsandbytes repacks for CPUs with AVX512-BF16.
 
 In evaluation mode, on such a CPU, `Linear4bit.forward` replaces its weight by one in another layout whose scales are
-rounded to bfloat16. What the layout can't do, bitsandbytes does not notice: a gradient stops there (without a bias
-silently), another device reads the codes in the wrong order, and `state_dict` writes back scales that are not those of
-before, or are transposed. So while a model wears adapters, each such layer keeps its exact scales beside the packed
-ones, and gets back the layout and the bits of before whenever it does anything but evaluate.
+rounded to bfloat16. bitsandbytes does not notice what this layout can't do: a gradient stops there (silently, if there
+is no bias), another device reads the codes in the wrong order, and `state_dict` writes scales that are rounded or
+transposed. So while a model has adapters, each such layer stores its exact scales beside the packed ones, and returns
+to the usual layout, bit for bit, for anything but evaluation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 _EXACT = "loraplex_exact"
-"""Where a packed quantisation state holds the state of before; it is copied and freed along with it."""
+"""The attribute of a packed quantisation state that holds the exact one, which is copied and freed with it."""
 
 
 def guard(model: nn.Module) -> None:
-    """Have every 4-bit layer of `model` that bitsandbytes would pack keep its exact scales. Idempotent."""
+    """Have every 4-bit layer of `model` that bitsandbytes would pack store its exact scales. Idempotent."""
     for module in model.modules():
         # bitsandbytes sets the mark when it makes a Linear4bit.
         if vars(module).get("support_avx512bf16_for_cpu") and not _is_guarded(module):
@@ -28,11 +28,11 @@ def guard(model: nn.Module) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Take off what `guard` put on, and give every layer the bits of before back."""
+    """Remove the hooks of `guard`, and return every layer to the usual layout."""
     for module in model.modules():
         if _is_guarded(module):
             unpack(module)
-            # By what they call: handles would not survive a deepcopy of the model.
+            # Found by the functions they call, since handles would not survive a deepcopy of the model.
             for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks):
                 for key in [key for key, hook in hooks.items() if hook in (_before_forward, _before_save)]:
                     del hooks[key]
@@ -47,7 +47,7 @@ def is_packed(weight: Any) -> bool:
 def unpacked(weight: Any) -> tuple[Tensor, Any]:
     """A 4-bit weight's data and quantisation state in bitsandbytes' usual layout; `weight` stays as it is.
 
-    Scales that were packed before `guard` had the exact ones are those that the packed kernel uses, bfloat16 numbers.
+    If the weight was packed before `guard`, its scales are those of the packed kernel, rounded to bfloat16.
     """
     state = weight.quant_state
     exact = copy.copy(state.__dict__.get(_EXACT))
@@ -57,8 +57,8 @@ def unpacked(weight: Any) -> tuple[Tensor, Any]:
         return weight.data, exact or state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    twin = copy.copy(state)  # bitsandbytes writes to the state that it is given
-    twin.original_nested = False  # it would quantise the scales a second time
+    twin = copy.copy(state)  # since bitsandbytes writes to its argument
+    twin.original_nested = False  # else it would quantise the scales a second time
     data, twin = _convert_weight_packed_for_cpu_inverse(weight.data, twin)
     if exact is None:
         # The packed scales are (blocks of a row, rows).
@@ -67,7 +67,7 @@ def unpacked(weight: Any) -> tuple[Tensor, Any]:
 
 
 def unpack(module: Any) -> None:
-    """Put the weight of a `Linear4bit` back into the usual layout, with the exact scales where they were kept."""
+    """Return the weight of a `Linear4bit` to the usual layout, with the exact scales if they were stored."""
     weight = module.weight
     if weight.quant_state is not None and not weight.is_meta:
         weight.data, weight.quant_state = unpacked(weight)

@@ -1,7 +1,7 @@
-"""Parameters that an engine has cut into shards: FSDP2's DTensors and the partitions of DeepSpeed's ZeRO-3.
+"""Parameters that an engine has sharded: FSDP2's DTensors and the partitions of DeepSpeed's ZeRO-3.
 
-Each rank holds a part of the tensor. What is computed element by element is computed on the parts; what needs the
-whole tensor gathers it, and then all ranks have to take part.
+Each rank holds a shard. Element-wise work is done on the shards. Work that needs the full tensor gathers it, and then
+all ranks have to take part.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ DDP_INSTEAD = (
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds only a part of `tensor`."""
+    """Whether this rank holds only a shard of `tensor`."""
     return isinstance(tensor, DTensor) or _is_zero3(tensor)
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing the memory: of its own shape (FSDP2) or flat and padded (ZeRO-3)."""
+    """This rank's shard, a view: in a shape of its own (FSDP2), or flat and padded (ZeRO-3)."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     if not _is_zero3(tensor):
         return tensor.detach()
-    # Out of its layer's forward and backward, ZeRO-3 leaves nothing in the parameter itself.
+    # Outside its layer's forward and backward, a ZeRO-3 parameter itself is empty.
     shard: Any = tensor.ds_tensor  # type: ignore[attr-defined]
     if shard.final_location == "nvme":
         raise ValueError(
@@ -52,27 +52,32 @@ def to_local(tensor: Tensor) -> Tensor:
     return shard.detach()
 
 
-def full_tensor(parts: Tensor, like: Tensor) -> Tensor:
-    """The tensor whose `parts` the ranks hold as they hold those of `like`. If that is sharded, all must call this."""
+def full_tensor(local: Tensor, like: Tensor) -> Tensor:
+    """Gather a tensor that is sharded as `like` is. If `like` is sharded, all ranks must call this.
+
+    Args:
+        local: this rank's shard.
+        like: the parameter.
+    """
     if isinstance(like, DTensor):
         mesh, places = like.device_mesh, like.placements
-        return DTensor.from_local(parts, mesh, places, shape=like.shape, stride=like.stride()).full_tensor()
+        return DTensor.from_local(local, mesh, places, shape=like.shape, stride=like.stride()).full_tensor()
     if not _is_zero3(like):
-        return parts
+        return local
     zero: Any = like
     from deepspeed.accelerator import get_accelerator
 
-    # With offload_param the parts are on the CPU, and NCCL sends what is on a GPU only.
-    parts = parts.to(get_accelerator().current_device_name()).contiguous()
-    gathered = parts.new_empty(dist.get_world_size(zero.ds_process_group) * parts.numel())
-    dist.all_gather_into_tensor(gathered, parts, group=zero.ds_process_group)
+    # With offload_param the shards are on the CPU, but NCCL sends only tensors on a GPU.
+    local = local.to(get_accelerator().current_device_name()).contiguous()
+    gathered = local.new_empty(dist.get_world_size(zero.ds_process_group) * local.numel())
+    dist.all_gather_into_tensor(gathered, local, group=zero.ds_process_group)
     return gathered[: zero.ds_numel].view(zero.ds_shape)
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole `tensor` that every rank has; the inverse of `whole`."""
+    """This rank's shard of a full `tensor` that every rank has; the inverse of `full_tensor`."""
     if isinstance(like, DTensor):
-        # None: nothing is sent, each rank cuts its own copy.
+        # None: nothing is sent, each rank shards its own copy.
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local()
     if not _is_zero3(like):
         return tensor
@@ -83,12 +88,12 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def full_shape(like: Tensor) -> torch.Size:
-    """The shape of the tensor that `whole` makes."""
+    """The shape of the full tensor."""
     return like.ds_shape if _is_zero3(like) else like.shape  # type: ignore[attr-defined]
 
 
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, which all ranks hold, on the mesh of `like` if that is a DTensor."""
+    """`tensor`, which all ranks hold, as a DTensor on the mesh of `like`; unchanged if `like` is no DTensor."""
     if not isinstance(like, DTensor):
         return tensor
     places = [Replicate()] * like.device_mesh.ndim
@@ -105,11 +110,11 @@ def ranks_of(tensor: Tensor) -> list[Any]:
 
 
 def first_decides(numbers: list[list[int]], groups: list[Any]) -> list[list[int]]:
-    """What the first rank of `groups` says; all their ranks must call this."""
+    """The numbers of the first rank of `groups`. All their ranks must call this with theirs."""
     said = [numbers]
-    # One dimension of the mesh after the other, so that in the end all have what the first of all has.
+    # One dimension of the mesh after the other: in the end all ranks have the numbers of the very first.
     for group in groups:
-        dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group)  # on a device that the backend knows
+        dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group)
     return said[0]
 
 
@@ -122,7 +127,7 @@ def ddp_group() -> Any:
 def register_external_parameters(module: nn.Module, parameters: list[nn.Parameter]) -> None:
     """Have ZeRO-3 gather `parameters`, which another module owns, for the forward and backward of `module`.
 
-    It notices such reads by itself only where they happen to find a parameter that is not gathered at that moment.
+    ZeRO-3 notices such reads by itself only if a parameter happens not to be gathered at that moment.
     """
     if any(_is_zero3(parameter) for parameter in parameters):
         from deepspeed.runtime.zero import register_external_parameter
@@ -133,7 +138,7 @@ def register_external_parameters(module: nn.Module, parameters: list[nn.Paramete
 
 
 def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Raise a ValueError in a recomputation that would give ZeRO-3 a shared factor's gradient layer by layer."""
+    """Raise a ValueError in a recomputation that gives ZeRO-3 a shared factor's gradient layer by layer."""
     node = torch._C._current_autograd_node()
     if torch.is_grad_enabled() and node is not None and node.name() == f"{CheckpointFunction.__name__}Backward":
         raise ValueError(
@@ -146,7 +151,7 @@ def _refuse_reentrant(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 def refuse_fsdp1(layer: nn.Module) -> None:
     """Raise a ValueError in a forward under FSDP1, whose flat shards ASLoRA would merge without a word."""
-    # FSDP1 marks the parameters that it flattens; without use_orig_params it puts views of a flat one in their place.
+    # FSDP1 marks the parameters that it flattens. Without use_orig_params, views of a flat one take their place.
     places = [t for m in layer.modules() for t in (*m._parameters.values(), m.__dict__.get("weight"))]
     tensors: list[Tensor] = [t for t in places if isinstance(t, Tensor)]
     if any(_is_fsdp_flattened(t) or (t._base is not None and _is_fsdp_flattened(t._base)) for t in tensors):
@@ -154,10 +159,10 @@ def refuse_fsdp1(layer: nn.Module) -> None:
 
 
 def gathered_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters and fully trained modules of `model` as whole tensors on the CPU, by their names in `model`.
+    """The adapters and fully trained modules of `model` as full tensors on the CPU, by their names in `model`.
 
-    To be called on all ranks, and given to PEFT on the one that saves: `model.save_pretrained(folder, state_dict=…)`.
-    The frozen weights are not gathered: what is held beside the shards is one factor at a time.
+    Call it on all ranks, and pass the result to PEFT on the rank that saves:
+    `model.save_pretrained(folder, state_dict=…)`. Frozen weights are not gathered, and factors one at a time.
     """
     return {
         name.replace(_CHECKPOINT_PREFIX, ""): full_tensor(to_local(tensor), tensor).cpu()

@@ -1,9 +1,9 @@
-"""Where adapters live when accelerate places a model: on the device where their layer runs.
+"""Where adapters are when accelerate places a model: on the device where their layer runs.
 
 accelerate offloads the tensors of a module to the CPU or the disk and loads them, as new parameters, for the module's
-own forward. For a base weight that is right. A factor would not be trained, since the optimizer holds a parameter that
-nobody reads; one that several layers read would not be there when they read it; and merging, exporting and combining
-read factors without a forward. They are small: so they stay.
+own forward. That suits a base weight. But a factor would not be trained, since no forward would read the parameter that
+the optimizer holds; a shared factor would not be loaded when other layers read it; and merging, exporting and combining
+read factors without a forward. Factors are small, so they are never offloaded.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 
 class NeverOffloaded(nn.Module):
-    """A module whose own tensors accelerate does not offload: they move to the device where the module is to run."""
+    """A module whose own tensors accelerate does not offload. They move to the device where the module runs."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # add_hook_to_module sets the one, then takes the tensors away, then sets the other.
+        # add_hook_to_module sets _old_forward, then takes the tensors away, then sets _hf_hook.
         if name == "_old_forward":
             self.__dict__["_before_hook"] = dict(self._parameters), dict(self._buffers)
         elif name == "_hf_hook":
             value = self._without_offloading(value)
-            # Loaders of whole models hook it last, and the module may keep something that it made of its tensors.
+            # Loaders of whole models hook a module last, when its tensors are new: train() reads them again.
             self.train(self.training)
         super().__setattr__(name, value)
 
     def _without_offloading(self, hook: Any) -> Any:
-        """What to hook instead of `hook`, after putting the tensors back that it took."""
+        """The hook to use instead of `hook`, after putting back the tensors that it took away."""
         before = self.__dict__.pop("_before_hook", None)
         if isinstance(hook, SequentialHook):
             return SequentialHook(*(self._stay(one, before) for one in hook.hooks))
@@ -43,13 +43,13 @@ class NeverOffloaded(nn.Module):
         if not (isinstance(hook, AlignDevicesHook) and hook.offload):
             return hook
         if before is not None:
-            # The very same parameters, which optimizers and schedules may know already.
+            # The same parameters as before, since optimizers and schedules may hold them already.
             self._parameters.update(before[0])
             self._buffers.update(before[1])
         _check_that_buffers_are_read(self._buffers, hook.weights_map)
         for tensors in (self._parameters, self._buffers):
             for name, tensor in tensors.items():
-                # What accelerate would load: load_checkpoint_and_dispatch reads a file into the map only.
+                # accelerate would load it from here: load_checkpoint_and_dispatch reads a file into the map only.
                 if tensor is not None and hook.weights_map is not None and name in hook.weights_map:
                     tensors[name] = _filled(tensor, hook.weights_map[name])  # type: ignore[assignment]
         own = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
@@ -59,13 +59,14 @@ class NeverOffloaded(nn.Module):
 
 
 def _check_that_buffers_are_read(buffers: dict[str, Any], weights: Any) -> None:
-    """Raise a ValueError where load_checkpoint_and_dispatch has left out a schedule's state: for modules on the disk it
-    reads parameters only.
+    """Raise a ValueError if load_checkpoint_and_dispatch has not read a schedule's state.
+
+    It reads the parameters only of modules that the device map puts on the disk.
     """
     loader = weights.dataset if isinstance(weights, PrefixedDataset) else None
     index = loader.index if isinstance(loader, OffloadedWeightsLoader) else {}
     lost = [name for name in buffers if name not in weights] if index else []
-    # PEFT's map, of the base's own files, holds nothing of an adapter, whose tensors are all there.
+    # PEFT's map is of the base model's own files. The adapter's tensors are not in it, but all are loaded.
     if lost and any("safetensors_file" not in entry for entry in index.values()):
         raise ValueError(
             f"accelerate has not read {', '.join(lost)}: of modules that the device map puts on the disk it leaves out "
@@ -75,7 +76,7 @@ def _check_that_buffers_are_read(buffers: dict[str, Any], weights: Any) -> None:
 
 @torch.no_grad()
 def _filled(tensor: Tensor, value: Tensor) -> Tensor:
-    """`tensor` with this value; a new one in its place if it is on the meta device."""
+    """`tensor` with this value; a new tensor if it is on the meta device."""
     if not tensor.is_meta:
         return tensor.copy_(value)
     value = value.to(tensor.dtype)
@@ -95,7 +96,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def device_of(module: Any) -> torch.device | None:
-    """Where a linear layer runs: where accelerate loads it to, else where its weight is."""
+    """The device on which a linear layer runs: the one to which accelerate loads it, else that of its weight."""
     for hook in _hooks(module):
         if hook.execution_device is not None:
             return torch.device(hook.execution_device)
@@ -114,16 +115,16 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def loaded(layer: Any) -> AbstractContextManager[None]:
-    """The base weight of an adapted layer, there to be read and written, and offloaded again as it is then.
+    """A context in which the base weight of an adapted layer is loaded, to be read and written, if it is offloaded.
 
-    PEFT does the same around its own calls of merge and unmerge; inside them nothing is left to do.
+    PEFT's own calls of merge and unmerge load it already; then this does nothing.
     """
     inner = layer.get_base_layer()
     return onload_layer(layer) if is_offloaded(inner) and inner.weight.is_meta else nullcontext()
 
 
 def refuse_loaded_with_parent(model: nn.Module) -> None:
-    """Raise a ValueError where accelerate loads trained factors as a part of a larger module, as new parameters."""
+    """Raise a ValueError if accelerate loads trained factors with a larger module, and so as new parameters."""
     for name, module in model.named_modules():
         if any(hook.offload and hook.place_submodules for hook in _hooks(module)):
             inside = (m for m in module.modules() if isinstance(m, NeverOffloaded))

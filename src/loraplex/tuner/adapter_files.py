@@ -1,4 +1,4 @@
-"""A saved adapter's folder: whether its files can be read at all, before anything is made of them."""
+"""Checks that the files of a saved adapter can be read, before anything is made of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loraplex.io.reading import message_of, read_json
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `adapter_config.json` says: a mapping whose `peft_type` is a plain name. Nothing is imported for it.
+    """The settings in `adapter_config.json`: a mapping whose `peft_type` is a name. No adapter class is imported.
 
     Raises:
         ValueError: names the file and the remedy.

@@ -1,4 +1,4 @@
-"""A change of a model that succeeds or leaves the model as it was found, whatever ends it: an error, or Ctrl-C."""
+"""A change of a model that succeeds, or leaves the model as it was if an error or Ctrl-C ends it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _attempts: ContextVar[tuple[Attempt, ...]] = ContextVar("attempts", default=())
 
 
 class Attempt:
-    """What a model is like when an attempt to change it begins.
+    """The state of a model when an attempt to change it begins.
 
-    Of every module: its attributes, and what its own dictionaries, lists and sets hold (submodules, parameters, hooks,
-    names of adapters). That is cheap, since no tensor is copied; `back_up` copies those that will be overwritten.
+    It holds every module's attributes, and the contents of its dictionaries, lists and sets (submodules, parameters,
+    hooks, names of adapters). That is cheap, since no tensor is copied; `back_up` copies those that a load overwrites.
     """
 
     def __init__(self, model: nn.Module, needs_us: bool = False, weights: Any = None) -> None:
@@ -29,20 +29,20 @@ class Attempt:
         self._tensors = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._values: list[tuple[Tensor, Tensor]] = []
         self.ours = not needs_us
-        """Whether an adapter of ours takes part; only then is anything undone."""
+        """Whether an adapter of ours takes part. Only then is the change undone."""
         self.weights = weights
-        """What is about to be loaded, where the caller knows better than the adapter's config."""
+        """The file or tensors that are about to be loaded, if the caller knows better than the adapter's config."""
 
     def covers(self, model: nn.Module) -> bool:
         """Whether undoing this attempt restores `model` too."""
         return id(model) in self._known
 
     def back_up(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the values of those tensors that the model had at the beginning: they are about to be overwritten."""
+        """Copy the values of `tensors`, which are about to be overwritten, if the model had them at the beginning."""
         self._values += [(t, t.detach().clone()) for t in tensors if id(t) in self._tensors]
 
     def undo(self) -> None:
-        """Put everything back. Doing it twice does no harm."""
+        """Restore the model. Doing it twice does no harm."""
         for module, attributes, contents in self._modules:
             now = module.__dict__
             for name in [name for name in now if name not in attributes]:
@@ -59,12 +59,12 @@ class Attempt:
 
 
 def all_or_nothing(model: nn.Module, change: Callable[[], T], needs_us: bool = False, weights: Any = None) -> T:
-    """`change()`; if it does not come to its end, `model` is as it was before.
+    """Return `change()`; if it fails, restore `model` first.
 
     Args:
-        model: what is changed, with all its submodules.
+        model: the model that is changed, with all its submodules.
         change: changes it.
-        needs_us: undo only where an adapter of ours took part (`mark_ours`): other methods keep PEFT's own behaviour.
+        needs_us: restore only if an adapter of ours took part (`Attempt.ours`); others keep PEFT's own behaviour.
         weights: see `Attempt.weights`.
     """
     if any(attempt.covers(model) for attempt in _attempts.get()) and weights is None:
@@ -78,7 +78,7 @@ def all_or_nothing(model: nn.Module, change: Callable[[], T], needs_us: bool = F
             try:
                 attempt.undo()
             except BaseException:
-                # A second Ctrl-C, in the middle of it.
+                # A second Ctrl-C has come in the middle of it.
                 attempt.undo()
                 raise
         raise

@@ -1,10 +1,10 @@
-"""Dual LoRA's ΔW in evaluation, cached on request (`cache_delta`): building it costs far more than one token's layer.
+"""A cache for a tensor that is computed from factors: Dual LoRA's ΔW in evaluation, on request (`cache_delta`).
 
-The cache sees that a factor was changed in place (its version counter), that its storage was replaced
-(`parameter.data = …`, a move or cast of the model), and that the parameter itself was replaced (loaders). It can't see
-a write into `parameter.data`, nor one by a kernel of its own, as fused optimizers do. So it holds nothing while the
-model trains or computes with gradients, every switch between `train()` and `eval()` empties it, and `clear_cache` does
-so at any time. Nothing else in evaluation is cached: all other methods follow every write.
+The cache notices that a factor was changed in place (by its version counter), that its storage was replaced
+(`parameter.data = …`, a move or cast of the model), and that the parameter itself was replaced (by a loader). It can't
+notice a write into `parameter.data`, nor the write of a fused optimizer's kernel. So it is empty while the model trains
+or computes with gradients, every switch between `train()` and `eval()` empties it, and `clear_cache` does at any time.
+Nothing else is cached in evaluation: all other methods follow every write.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from loraplex.tuner.factors import Factors
 
 
 def clear_cache(model: nn.Module) -> None:
-    """Make the next forward of `model` build what `cache_delta` has cached; call it after writing to `parameter.data`.
+    """Empty the caches of `model`. Call it after writing to `parameter.data`.
 
-    Needed only with `DualLoraConfig(cache_delta=True)`, in evaluation mode and without gradients; `model.eval()` does
-    it too.
+    It is needed only with `DualLoraConfig(cache_delta=True)`, in evaluation mode and without gradients. `model.eval()`
+    does the same.
     """
     for module in model.modules():
         if isinstance(module, Factors):
@@ -33,10 +33,10 @@ def clear_cache(model: nn.Module) -> None:
 
 
 class TensorCache:
-    """One tensor and what it was made from. A copy starts empty, since its layer's factors are other tensors."""
+    """One tensor and its sources. A copy starts empty, since the factors of the copied layer are other tensors."""
 
     def __init__(self) -> None:
-        # In one tuple, so that threads see a value with its own sources.
+        # One tuple, so that every thread sees a value with its own sources.
         self._entry: tuple[Tensor, object, list[_Source]] | None = None
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -47,9 +47,15 @@ class TensorCache:
         self._entry = None
 
     def get(self, make: Callable[[], Tensor], sources: tuple[Tensor, ...], key: object) -> Tensor:
-        """`make()`, or its cached result while neither `sources`, from which it is made, nor `key` have changed."""
+        """The cached tensor, or `make()` if its `sources` or `key` have changed.
+
+        Args:
+            make: computes the tensor.
+            sources: the tensors from which it is computed.
+            key: whatever else it depends on.
+        """
         if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            # Replays of a CUDA graph have to follow the sources, and must not read what is freed when they change.
+            # Replays of a CUDA graph have to follow the sources, and must not read a tensor that is freed meanwhile.
             return make()
         entry = self._entry
         if entry is not None and entry[1] == key and all(map(_Source.is_unchanged, entry[2], sources)):
@@ -62,12 +68,12 @@ class TensorCache:
 
 
 class _Source:
-    """A tensor as it was when something was made from it, without keeping it alive."""
+    """What tells whether a tensor has changed since. It does not keep the tensor alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Callable[[], Any] = weakref.ref(tensor)
         self.version = tensor._version
-        # While it is referred to, no other storage gets its address.
+        # While this reference exists, no other storage gets the address.
         self.storage = StorageWeakRef(tensor.untyped_storage())
 
     def is_unchanged(self, tensor: Tensor) -> bool:
@@ -79,7 +85,7 @@ class _Source:
 
 
 def _can_be_watched(sources: tuple[Tensor, ...]) -> bool:
-    # Engines of several processes refill a parameter's memory before a forward and preserve its version counter.
+    # Engines of several processes write a parameter's memory before a forward and preserve its version counter.
     if dist.is_initialized():
         return False
     # Subclasses of Parameter may have no storage; tensors made under torch.inference_mode have no version counter.

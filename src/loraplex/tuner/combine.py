@@ -1,7 +1,7 @@
-"""Several adapters of one method added up into one, where that is exact: ΔW = Σₖ wₖ ΔWₖ.
+"""The weighted sum of several adapters of one method as one adapter, if that is exact: ΔW = Σₖ wₖ ΔWₖ.
 
-"cat" puts the factors side by side, A = [A₁; A₂; …], B = [w₁B₁, w₂B₂, …], at the sum of the ranks. "linear" keeps the
-rank, and is exact only where all adapters have the same A: B = Σ wₖ Bₖ.
+"cat" puts the factors side by side, A = [A₁; A₂; …] and B = [w₁B₁, w₂B₂, …]; its rank is the sum of the ranks. "linear"
+keeps the rank, with B = Σ wₖ Bₖ, and is exact only if all adapters have the same A.
 """
 
 from __future__ import annotations

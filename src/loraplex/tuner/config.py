@@ -160,7 +160,7 @@ class AdapterConfig(PeftConfig):
                 )
 
     def _check_patterns(self) -> None:
-        """Check all that is matched as a regular expression, in the form in which PEFT matches it."""
+        """Check every field that PEFT matches as a regular expression, in the form in which it does."""
         if isinstance(self.target_modules, str) and self.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
             check_pattern("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
@@ -296,8 +296,8 @@ def _is_newer(version: object) -> bool:
 
 def unscaled(config: Any, r: int, **settings: Any) -> Any:
     """`config` with another rank, and scaling 1 everywhere."""
-    plain = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    return replace(config, **plain, **settings)
+    unit = {"r": r, "lora_alpha": r, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    return replace(config, **unit, **settings)
 
 
 def check_count(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:

@@ -1,9 +1,8 @@
 """The methods by which PEFT and transformers put adapters onto a model, made all-or-nothing for adapters of ours.
 
-Neither library takes back what it has begun: Ctrl-C, a full memory or a file that ends too early leave layers, frozen
-parameters and names of adapters behind. Nothing of ours stands around the whole of a load, only inside it, so the
-methods are wrapped where they are defined; a wrapper does nothing where no adapter of ours takes part
-(docs/adr/0008-loads.md).
+Neither library takes back what it has begun: Ctrl-C, a full memory or a truncated file leaves layers, frozen parameters
+and names of adapters behind. Our own code is called inside a load, not around it, so the methods themselves are
+wrapped. A wrapper does nothing for adapters that are not of loraplex (docs/adr/0008-loads.md).
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def _not_mixed(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _saying_what_lacks(load: Callable[[], Any]) -> Any:
-    """Load, with PEFT's KeyError for a module trained in full that the file lacks as an error that says so."""
+    """Load; if the file lacks a module that was trained in full, raise an error that says so, not PEFT's KeyError."""
     try:
         return load()
     except KeyError as error:
@@ -147,10 +146,10 @@ def _load_into_transformers(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _weights(given: dict[str, Any]) -> str | dict[str, Tensor] | None:
-    """What transformers is about to load: the path of the file, or the tensors; None if the adapter is none of ours.
+    """The file or tensors that transformers is about to load; None if the adapter is not of loraplex.
 
     Raises:
-        ValueError: the files are of an adapter of ours that can't be loaded.
+        ValueError: the adapter is of loraplex, but can't be loaded.
     """
     if given.get("adapter_state_dict") is not None:
         return dict(given["adapter_state_dict"])

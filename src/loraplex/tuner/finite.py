@@ -18,8 +18,8 @@ _allowed: ContextVar[bool] = ContextVar("allowed", default=False)
 def allow_nonfinite() -> Iterator[None]:
     """Let adapters that hold NaN or Inf be merged and exported in this block, as they are.
 
-    Outside of it, merging and exporting raise a ValueError that names the broken module: NaN in one factor makes a
-    whole weight matrix NaN, and nothing tells later where it came from.
+    Outside such a block, merging and exporting raise a ValueError that names the broken module: NaN in one factor makes
+    a whole weight matrix NaN, and later nothing shows where it came from.
 
         with loraplex.allow_nonfinite():
             model.merge_and_unload()
@@ -32,14 +32,14 @@ def allow_nonfinite() -> Iterator[None]:
 
 
 def check_factors(update: Any) -> None:
-    """Raise a ValueError where the factors of an update (`Factors` or `LoraUpdate`) hold NaN or Inf."""
+    """Raise a ValueError if the factors of an update (`Factors` or `LoraUpdate`) hold NaN or Inf."""
     if not _allowed.get():
         form = update.lora_form()
         check_finite(update.module_name, update.parameters() if form is None else form)
 
 
 def check_finite(name: str, tensors: Iterable[Tensor]) -> None:
-    """Raise a ValueError where one of the tensors that an adapter holds for the module `name` has NaN or Inf in it."""
+    """Raise a ValueError if one of the tensors that an adapter holds for the module `name` contains NaN or Inf."""
     if not _allowed.get() and not all(map(is_finite, tensors)):
         raise ValueError(
             f"The adapter holds NaN or Inf on {name}: it is broken; load an earlier checkpoint. To merge or export it "
@@ -48,6 +48,6 @@ def check_finite(name: str, tensors: Iterable[Tensor]) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no Inf in what this process holds of `tensor`; true on the meta device."""
+    """Whether this process's shard of `tensor` holds no NaN and no Inf; true on the meta device."""
     local = to_local(tensor)
     return local.is_meta or bool(local.isfinite().all())

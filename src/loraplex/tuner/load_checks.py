@@ -1,7 +1,8 @@
-"""What a saved adapter's tensors must be like before a model takes any of them.
+"""Checks of a saved adapter's tensors before a model takes any of them.
 
-PEFT and transformers load what happens to fit, leave the rest at random, and let a file write into any tensor of the
-model that it names. Here every tensor must belong to the adapter, be there, and have the shape and kind of its place.
+PEFT and transformers load the tensors that happen to fit, leave the others at random, and let a file write into any
+tensor of the model that it names. Here, no tensor may be missing, each must belong to the adapter, and each must have
+the shape and kind that the model has for it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _LISTED, _LONGEST = 5, 200
 
 
 def check_config(model: nn.Module, config: AdapterConfig) -> None:
-    """Raise a ValueError if the weights are missing, or a listed target is: PEFT ignores it beside others."""
+    """Raise a ValueError if the weights are missing, or a listed target, which PEFT ignores if others exist."""
     weights = getattr(config, "_weights", None)
     if config.inference_mode and weights and not os.path.isfile(weights):
         raise ValueError(f"{weights} is missing: the folder holds settings but no weights. Copy the adapter again.")
@@ -52,7 +53,7 @@ def check_config(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def weights_of(config: AdapterConfig) -> str | dict[str, Tensor] | None:
-    """What is about to be loaded into an adapter with this config, a file or tensors; None if nothing is known."""
+    """The file or the tensors that are about to be loaded into an adapter with this config; None if not known."""
     known = [attempt.weights for attempt in running() if attempt.weights is not None]
     weights = known[-1] if known else getattr(config, "_weights", None)
     if isinstance(weights, str) and not os.path.isfile(weights):
@@ -61,17 +62,17 @@ def weights_of(config: AdapterConfig) -> str | dict[str, Tensor] | None:
 
 
 def check_tensors(model: nn.Module, adapter_name: str, config: AdapterConfig, state: dict[str, Tensor]) -> None:
-    """Check what is about to be loaded, and add to `state` what was left out of the file on purpose.
+    """Check the tensors that are about to be loaded, and add those that were left out of the file on purpose.
 
     Args:
-        model: the model that has the adapter already.
+        model: the model, which has the adapter already.
         adapter_name: which adapter.
         config: its settings.
-        state: key in the model → tensor; of factors, meta tensors will do.
+        state: key in the model → tensor. Factors may be meta tensors.
 
     Raises:
-        ValueError: a tensor is missing, has another shape or kind than its place, or belongs to something else; or the
-            state of a schedule is none that it can be in.
+        ValueError: a tensor is missing, has another shape or kind than in the model, or does not belong to the
+            adapter; or its schedule can't be in the state that was saved.
     """
     model_state = model.state_dict()
     own = own_keys(model, adapter_name, model_state)
@@ -154,7 +155,7 @@ def _equal(tensor: Tensor, place: Tensor) -> bool:
 
 
 def back_up_values(model: nn.Module, keys: Iterable[str]) -> None:
-    """Copy what is about to be overwritten, so that a load that does not come to its end can put it back."""
+    """Copy the values that a load is about to overwrite, so that they can be restored if it fails."""
     if running():
         tensors = {
             **dict(model.named_parameters(remove_duplicate=False)),
@@ -166,7 +167,7 @@ def back_up_values(model: nn.Module, keys: Iterable[str]) -> None:
 
 
 def warn_of_nonfinite(state: dict[str, Tensor], method: str) -> None:
-    """Say in one line which modules of an adapter hold NaN or Inf."""
+    """Warn in one line which modules of an adapter hold NaN or Inf."""
     bad = [key for key, tensor in state.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if bad:
         marks = marks_of(method)

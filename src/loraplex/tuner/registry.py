@@ -1,4 +1,4 @@
-"""Makes the methods known to PEFT. The only file that writes PEFT's tables."""
+"""Registers the methods with PEFT. No other file writes PEFT's tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def register(config_cls: type[AdapterConfig], model_cls: type[AdapterModel]) -> 
 def add_peft_type(name: str) -> PeftType:
     """Add the member `name` to PEFT's enumeration of adapter types.
 
-    PEFT and transformers look types up in the enumeration and read `.value`; a plain string is not enough, and an
+    PEFT and transformers look types up in the enumeration and read `.value`, so a string is not enough; and an
     enumeration with members can't be subclassed.
     """
     if name in PeftType.__members__:
@@ -49,7 +49,7 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def _while_accepting(model: PeftModel, method: str, change: Callable[[], Any]) -> Any:
-    # PeftModel compares a new adapter's type with the type of its first one; our tuners host every method.
+    # PeftModel refuses an adapter of another type than its first one's, but our tuners host every method.
     def accepted() -> Any:
         first = model.peft_type
         model.peft_type = PeftType(method)
@@ -62,12 +62,12 @@ def _while_accepting(model: PeftModel, method: str, change: Callable[[], Any]) -
 
 
 def add_adapter(model: PeftModel, adapter_name: str, config: AdapterConfig, **kwargs: Any) -> None:
-    """Add an adapter of any loraplex method to a model whose first adapter may be of another one.
+    """Add an adapter of any loraplex method to a model whose first adapter may be of another loraplex method.
 
-    `model.add_adapter` does the same for adapters of the same method. Keyword arguments go to it.
+    `model.add_adapter`, which gets the keyword arguments, takes adapters of the first one's method only.
 
     Raises:
-        ValueError: the model's first adapter is none of ours.
+        ValueError: the model's first adapter is not of loraplex.
     """
     _check_host(model)
     _while_accepting(model, config.method, lambda: model.add_adapter(adapter_name, config, **kwargs))
@@ -76,10 +76,10 @@ def add_adapter(model: PeftModel, adapter_name: str, config: AdapterConfig, **kw
 def load_adapter(model: PeftModel | PreTrainedModel, path: str, adapter_name: str, **kwargs: Any) -> Any:
     """Load a saved adapter of any loraplex method; keyword arguments go to the model's own `load_adapter`.
 
-    It checks that the files fit before it touches the model, which stays as it was if anything goes wrong.
+    The files are checked before the model is touched, and the model stays as it was if the load fails.
 
     Raises:
-        ValueError: the model's first adapter is none of ours, or the files are not an adapter for this model.
+        ValueError: the model's first adapter is not of loraplex, or the files are not an adapter for this model.
     """
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

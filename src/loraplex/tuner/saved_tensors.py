@@ -27,11 +27,11 @@ from loraplex.tuner.tokens import token_wrappers
 from loraplex.tuner.updates import ROOT
 
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Kinds of factors, and what safetensors calls them. Others, of 8 or 4 bits, lack most of torch's operations."""
+"""Dtypes of factors → their names in safetensors. Dtypes of 8 or 4 bits lack most of torch's operations."""
 
 
 def marks_of(method: str) -> tuple[str, str]:
-    """What the keys of a method's factors contain: those that a layer owns, and those that layers share."""
+    """What the keys of a method's factors contain: of factors that a layer owns, and of shared ones."""
     return f".{method.lower()}_factors.", f".{method.lower()}_shared."
 
 
@@ -47,7 +47,7 @@ def shared_with_prefix(model: nn.Module, adapter_name: str) -> Iterator[tuple[st
 
 
 def read_tensors(path: str, method: str) -> dict[str, Tensor]:
-    """Key → tensor of a safetensors file; of an adapter's factors shape and dtype are enough (meta tensors)."""
+    """Key → tensor of a safetensors file. The adapter's factors are meta tensors, with their shapes only."""
     state = {}
     marks = marks_of(method)
     with safe_open(path, framework="pt") as tensors:
@@ -63,7 +63,7 @@ def read_tensors(path: str, method: str) -> dict[str, Tensor]:
 def to_model_keys(
     model: nn.Module, adapter_name: str, config: AdapterConfig, raw: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """A saved adapter's tensors under the names that they will have in `model`, as PEFT and transformers find them."""
+    """A saved adapter's tensors by the keys that PEFT and transformers will find for them in `model`."""
     state, in_full = dict(raw), {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -73,7 +73,7 @@ def to_model_keys(
                     raise ValueError(f"The adapter's weights hold {name}.{saved} twice, under other names.")
                 for key in found:
                     in_full[f"{name}.{own}"] = state.pop(key)
-                    # With trained biases PEFT saves those of such modules a second time, under this name.
+                    # If biases are trained, PEFT saves those of such modules a second time, under this name.
                     again = state.pop(f"{ROOT}{name}.{own}", None)
                     if again is not None and not _same(again, in_full[f"{name}.{own}"]):
                         raise ValueError(f"The adapter's weights hold {name}.{saved} twice, with different values.")
@@ -90,7 +90,7 @@ def check_none_lost(before: dict[str, Tensor], after: dict[str, Tensor]) -> None
 
 
 def placed_tensors(state: dict[str, Tensor], model_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the model's own keys: only those of a PeftModel have PEFT's prefix."""
+    """Tensors by the model's own keys, which have PEFT's prefix only if the model is a PeftModel."""
     rooted = any(key.startswith(ROOT) for key in model_state)
     placed = {key if rooted else key.removeprefix(ROOT): tensor for key, tensor in state.items()}
     check_none_lost(state, placed)
@@ -110,7 +110,7 @@ def own_keys(model: nn.Module, adapter_name: str, model_state: dict[str, Tensor]
 
 
 def tensors_of(model: nn.Module, adapter_name: str, config: AdapterConfig) -> dict[str, Tensor]:
-    """All that a file of this adapter holds, as `model` has it now: factors, copies, trained biases."""
+    """All tensors that a file of this adapter holds, with their present values in `model`."""
     model_state = model.state_dict()
     keys = own_keys(model, adapter_name, model_state) | trained_biases(model, config, model_state)
     return {key: model_state[key] for key in keys}
@@ -129,8 +129,8 @@ def trained_biases(model: nn.Module, config: AdapterConfig, model_state: dict[st
 def saved_embeddings(model: nn.Module, adapter_name: str) -> tuple[str, ...]:
     """Prefixes of the embeddings and heads whose base weights PEFT saves with an adapter.
 
-    It does so where one is adapted, and where the vocabulary was resized. The second is judged by the model at hand,
-    not by what a file says.
+    PEFT does so if one is adapted, and if the vocabulary was resized. The model at hand tells whether it was, not a
+    file.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
@@ -162,8 +162,10 @@ def _is_resized(base: PreTrainedModel) -> bool:
 
 
 def to_their_dtypes(model: nn.Module, method: str, state: dict[str, Tensor]) -> None:
-    """Cast what was trained in full as loading does, and factors of several dtypes, which can't be multiplied, to the
-    widest: `low_cpu_mem_usage` has PEFT put tensors in place as they are.
+    """Cast tensors as loading does, since `low_cpu_mem_usage` has PEFT put them in place as they are.
+
+    Modules that were trained in full get the model's dtypes. Factors of several dtypes, which can't be multiplied, get
+    the widest.
     """
     places, marks = model.state_dict(), marks_of(method)
     factors = [

@@ -1,4 +1,4 @@
-"""The updates ΔW that an adapter makes, layer by layer: of our methods, and of PEFT's plain LoRA."""
+"""The updates ΔW of an adapter, layer by layer, whether it is of one of our methods or PEFT's own LoRA."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from loraplex.tuner.finite import check_factors
 from loraplex.tuner.layer import AdapterLinear
 
 ROOT = "base_model.model."
-"""What PEFT puts before the names of the base model's modules."""
+"""The prefix that PEFT puts before the names of the base model's modules."""
 
 
 @dataclass(frozen=True)
 class LoraUpdate:
-    """PEFT's own LoRA on one layer, seen as the update that it is."""
+    """The update of PEFT's own LoRA on one layer, with the interface of `Factors`."""
 
     module_name: str
     layer: LoraLayer
@@ -50,12 +50,12 @@ class LoraUpdate:
         return wide(self.lora_A), self.layer.scaling[self.adapter_name] * wide(B)  # type: ignore[arg-type]
 
     def delta_weight(self, rows: slice = slice(None)) -> Tensor:
-        """ΔW, or these rows of it."""
+        """ΔW, or some rows of it."""
         A, B = self.lora_form()
         return product(B[rows], A)
 
     def check_mergeable(self) -> None:
-        """Raise a ValueError where more than B A is added."""
+        """Raise a ValueError if the layer adds more than B A."""
         name = self.adapter_name
         if name in self.layer.lora_variant or name not in self.layer.lora_B or self.layer.lora_bias.get(name):
             raise ValueError(
@@ -64,11 +64,11 @@ class LoraUpdate:
             )
 
     def is_exact(self) -> bool:
-        """True."""
+        """Whether ΔW is all that the adapter changes on this layer: it is."""
         return True
 
     def notes(self) -> list[str]:
-        """None."""
+        """Sentences for a user who exports or merges this adapter: none."""
         return []
 
 
@@ -76,10 +76,12 @@ Update = Factors | LoraUpdate
 
 
 def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list[tuple[BaseTunerLayer, Update]]:
-    """The layers that `adapter_name` adapts, with its update: of one of our methods, or of PEFT's LoRA.
+    """The layers that `adapter_name` adapts, with its update on each.
 
     Args:
-        mergeable: refuse updates that are no constant, finite matrix.
+        model: the model that has the adapter.
+        adapter_name: an adapter of one of our methods, or of PEFT's LoRA.
+        mergeable: refuse updates that are not a constant, finite matrix.
 
     Raises:
         ValueError: the model has no such adapter, or it is of another kind.
@@ -105,7 +107,7 @@ def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list
 
 @torch.no_grad()
 def difference(factors: Update, A: Tensor, B: Tensor) -> tuple[float, float]:
-    """‖ΔW‖_F and ‖ΔW − B A‖_F / ‖ΔW‖_F, from the factors where ΔW has them, else tile by tile."""
+    """‖ΔW‖_F and ‖ΔW − B A‖_F / ‖ΔW‖_F, computed from ΔW's own factors if it has any, else tile by tile."""
     form = factors.lora_form()
     if form is not None:
         norm = norm_of_product(*form)
