@@ -155,7 +155,7 @@ def test_private_names_exist() -> None:
     places = {
         "layer.py": ["_get_in_out_features"],
         "merging.py": ["check_adapters_to_merge"],
-        "model.py": ["_filter_state_dict_by_key_prefixes", "_get_tuner_state_dict_key_prefixes"],
+        "saved_tensors.py": ["_filter_state_dict_by_key_prefixes", "_get_tuner_state_dict_key_prefixes"],
     }
     for names in places.values():
         for name in names:
@@ -699,7 +699,7 @@ def test_only_lora_is_hot_swapped() -> None:
 
 
 def test_step_hook_fires_once_per_step() -> None:
-    """`register_optimizer_step_post_hook` sees every optimizer, LBFGS included (schedule.py)."""
+    """`register_optimizer_step_post_hook` sees every optimizer, LBFGS included (optimizer_steps)."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     seen: list[torch.optim.Optimizer] = []
@@ -770,7 +770,7 @@ def test_a_frame_that_runs_refuses_to_be_cleared() -> None:
 
 
 def test_callbacks_at_the_end_of_a_backward_pass() -> None:
-    """The engine takes them only in the course of a pass, and calls those that callbacks add (schedule.py, Watch)."""
+    """The engine takes them only in the course of a pass, and calls those that callbacks add (update_counter, Watch)."""
     queue, calls = torch.autograd.Variable._execution_engine.queue_callback, []
     with pytest.raises(RuntimeError, match="during backward"):
         queue(lambda: None)

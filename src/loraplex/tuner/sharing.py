@@ -31,7 +31,7 @@ class SharedFactors(NeverOffloaded):
 
     def __init__(self, config: AdapterConfig, families: dict[str, list[Member]]) -> None:
         super().__init__()
-        self._announced = False
+        self._registered_external = False
         self.families = list(families)
         # Unregistered: the layers own these modules.
         self._factors = {name: [member.factors for member in family] for name, family in families.items()}
@@ -55,8 +55,8 @@ class SharedFactors(NeverOffloaded):
         super().train(mode)
         self._move_places()
         first = next(self.parameters(), None)
-        if mode and first is not None and is_sharded(first) and not self._announced:
-            self._announced = True
+        if mode and first is not None and is_sharded(first) and not self._registered_external:
+            self._registered_external = True
             for factors in self.member_factors():
                 register_external_parameters(factors, self.read_by(factors))
         return self
