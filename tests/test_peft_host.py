@@ -770,7 +770,7 @@ def test_a_frame_that_runs_refuses_to_be_cleared() -> None:
 
 
 def test_callbacks_at_the_end_of_a_backward_pass() -> None:
-    """The engine takes them only in the course of a pass, and calls those that callbacks add (update_counter, Watch)."""
+    """The engine takes them only in the course of a pass, and calls those that callbacks add (hidden_optimizer)."""
     queue, calls = torch.autograd.Variable._execution_engine.queue_callback, []
     with pytest.raises(RuntimeError, match="during backward"):
         queue(lambda: None)

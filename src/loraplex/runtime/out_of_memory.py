@@ -1,4 +1,4 @@
-"""Telling that memory ran out from other errors."""
+"""Tells whether an error means that memory ran out."""
 
 from __future__ import annotations
 
