@@ -27,7 +27,7 @@ from loraplex.tuner.sharing import read, select
 class _ReadInstead(torch.autograd.Function):
     """`used`, with a zero gradient for `unused`: DDP fails over a parameter that stops getting gradients mid-run."""
 
-    # In two parts and with rules for vmap and jvp, without which torch.func's transforms refuse it.
+    # torch.func's transforms want setup_context apart from forward, and rules for vmap and jvp.
     generate_vmap_rule = True
 
     @staticmethod
@@ -50,7 +50,7 @@ class _ReadInstead(torch.autograd.Function):
 
 
 class AsLoraFactors(Factors):
-    """Nothing of its own: A and B belong to the family."""
+    """What a layer computes with A and B, which belong to the family; it owns no parameters."""
 
     shared: AsLoraShared
     family: str
