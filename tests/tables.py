@@ -1,27 +1,40 @@
-"""The tables of keys in docs/cli.md: `python -m tests.tables` writes them anew between their markers."""
+"""docs/keys.md, a table for each section of RUN.yaml and STUDY.yaml: `python -m tests.tables` writes it anew."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from loraplex.commands.keys import Key, sections
+from loraplex.commands.keys import Key, Section, sections
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
-_BLOCK = re.compile(r"(<!-- keys of (\w+): (\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGE = Path(__file__).parent.parent / "docs" / "keys.md"
+_TITLES = {"run": "RUN.yaml", "study": "STUDY.yaml"}
+_HEAD = """\
+# Keys of RUN.yaml and STUDY.yaml
+
+This page is made from the schemas that `loraplex schema` prints, as `loraplex train --help` and `loraplex compare --help`
+are. N stands for a position in a list, from 0, and NAME for a name of yours. What the keys do together stands in
+[cli.md](cli.md).
+"""
 
 
-def filled(page: str) -> str:
-    """The page with every table as the schemas have it."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{table(found[2], found[3])}{found[4]}", page)
+def page() -> str:
+    """The whole page. What a study has in common with a run stands there once."""
+    blocks, seen = [_HEAD], []
+    for file, title in _TITLES.items():
+        blocks.append(f"## {title}\n")
+        for section in sections(file):
+            if section.keys not in seen or section.others:
+                blocks.append(_block(section))
+            seen.append(section.keys)
+    return "\n".join(dict.fromkeys(blocks))
 
 
-def table(file: str, prefix: str) -> str:
-    """The keys of the section with this prefix ("all" has none) as a Markdown table."""
-    wanted = "" if prefix == "all" else prefix
-    section = next(section for section in sections(file) if section.prefix == wanted)
-    rows = (f"| `{key.name}` | {_facts(key)} | {_cell(key.description)} |" for key in section.keys)
-    return "\n".join(["| key | values; default | meaning |", "|---|---|---|", *rows]) + "\n"
+def _block(section: Section) -> str:
+    heading = f"### {section.prefix}KEY: {section.description}\n\n" if section.prefix else ""
+    rows = [f"| `{key.name}` | {_facts(key)} | {_cell(key.description)} |" for key in section.keys]
+    table = "\n".join(["| key | values; default | meaning |", "|---|---|---|", *rows]) + "\n" if rows else ""
+    others = f"{section.others}\n" if section.others else ""
+    return heading + table + ("\n" if table and others else "") + others
 
 
 def _facts(key: Key) -> str:
@@ -34,4 +47,4 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")

@@ -62,9 +62,7 @@ def schema(file: str) -> dict[str, Any]:
 def sections(file: str) -> list[Section]:
     """Every key of the file "run" or "study"."""
     tree = schema(file)
-    found: dict[str, Section] = {}
-    _collect(f"Keys of {file.upper()}.yaml", "", "", tree, tree["$defs"], found)
-    return [*found.values(), *_adapters(tree["$defs"])]
+    return [*_collect(f"Keys of {file.upper()}.yaml", tree), *_adapters(tree["$defs"])]
 
 
 def help_text(file: str) -> str:
@@ -72,8 +70,7 @@ def help_text(file: str) -> str:
     width = min(shutil.get_terminal_size().columns, _WIDEST) - 2
     lines = []
     for section in sections(file):
-        option = f" (--{section.prefix}KEY VALUE)"
-        lines += ["", *textwrap.wrap(f"{section.description}{option}", width)]
+        lines += ["", *textwrap.wrap(f"--{section.prefix}KEY VALUE: {section.description}", width)]
         for key in section.keys:
             lines += _entry(key, width)
         if section.others:
@@ -89,26 +86,25 @@ def _entry(key: Key, width: int) -> list[str]:
     return [f"  {key.name}".ljust(_INDENT) + lines[0][_INDENT:], *lines[1:]]
 
 
-def _collect(
-    description: str,
-    prefix: str,
-    name: str,
-    node: dict[str, Any],
-    definitions: dict[str, Any],
-    found: dict[str, Section],
-) -> None:
-    """Add the keys of a mapping, then those of the mappings in it that are not there yet."""
+def _collect(title: str, tree: dict[str, Any]) -> list[Section]:
+    """The keys of the file, then those of the mappings in it, from the outside in and each kind of mapping once."""
+    definitions, seen = tree["$defs"], set()
+    sections, nodes = [_section("", title, tree)], [tree]
+    for section, node in zip(sections, nodes, strict=False):  # both grow on the way
+        for key, part in node["properties"].items():
+            suffix, name = _mapping_in(part) or ("", "")
+            if name and name not in seen and not name.startswith(_ADAPTER):
+                seen.add(name)
+                nodes.append(definitions[name])
+                sections.append(_section(f"{section.prefix}{key}{suffix}.", part["description"], definitions[name]))
+    return sections
+
+
+def _section(prefix: str, description: str, node: dict[str, Any]) -> Section:
     required = node.get("required", ())
     keys = [_key(key, part, key in required) for key, part in node["properties"].items()]
     others = node.get("additionalProperties")
-    found[name] = Section(prefix, description, keys, f"{others['description']}." if isinstance(others, dict) else "")
-    for key, part in node["properties"].items():
-        inside = _mapping_in(part)
-        if inside is None or inside[1] in found or inside[1].startswith(_ADAPTER):
-            continue
-        suffix, definition = inside
-        where = f"{prefix}{key}{suffix}."
-        _collect(part["description"], where, definition, definitions[definition], definitions, found)
+    return Section(prefix, description, keys, f"{others['description']}." if isinstance(others, dict) else "")
 
 
 def _mapping_in(part: dict[str, Any]) -> tuple[str, str] | None:
