@@ -11,8 +11,8 @@ _TITLES = {"run": "RUN.yaml", "study": "STUDY.yaml"}
 _HEAD = """\
 # Keys of RUN.yaml and STUDY.yaml
 
-This page is made from the schemas that `loraplex schema` prints, as `loraplex train --help` and `loraplex compare --help`
-are. N stands for a position in a list, from 0, and NAME for a name of yours. What the keys do together stands in
+This page is made from the schemas that `loraplex schema` prints, as the help of `loraplex train` and `loraplex compare`
+is. N stands for a position in a list, from 0, and NAME for a name of yours. What the keys do together stands in
 [cli.md](cli.md).
 """
 
