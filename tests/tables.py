@@ -1,10 +1,15 @@
-"""docs/keys.md, a table for each section of RUN.yaml and STUDY.yaml: `python -m tests.tables` writes it anew."""
+"""What is made of the config classes: the stored schemas, and docs/keys.md with a table for each section of the files.
+
+`python -m tests.tables` writes them anew.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from loraplex.commands import keys
 from loraplex.commands.keys import Key, Section, sections
+from loraplex.commands.schema import schema_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "keys.md"
 _TITLES = {"run": "RUN.yaml", "study": "STUDY.yaml"}
@@ -15,6 +20,11 @@ This page is made from the schemas that `loraplex schema` prints, as the help of
 is. N stands for a position in a list, from 0, and NAME for a name of yours. What the keys do together stands in
 [cli.md](cli.md).
 """
+
+
+def stored(file: str) -> Path:
+    """Where the package has the schema of the file "run" or "study"."""
+    return Path(keys.__file__).with_name(f"{file}.schema.json")
 
 
 def page() -> str:
@@ -47,4 +57,6 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
+    for name in _TITLES:
+        stored(name).write_text(schema_text(name), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
