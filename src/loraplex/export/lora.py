@@ -19,7 +19,8 @@ from loraplex.export.servers import ENGINES, PORTABLE, Engine, engine_named
 from loraplex.io.files import check_target, replaced_folder, write_tensors
 from loraplex.io.reading import yaml_text
 from loraplex.numerics.lowrank import randomized_svd, svd_of_product
-from loraplex.tuner.config import AdapterConfig, check_count
+from loraplex.tuner.checks import check_count
+from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.finite import check_finite, is_finite
 from loraplex.tuner.model_merging import tied_layers
 from loraplex.tuner.updates import ROOT, Update, adapted, difference

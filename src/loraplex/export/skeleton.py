@@ -13,8 +13,8 @@ from loraplex.export.base_model import check_base, reading
 from loraplex.export.lora import Rank, export_lora
 from loraplex.export.wish import Wish
 from loraplex.io.reading import message_of
+from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.calibration import set_mean_gates
-from loraplex.tuner.config import check_adapter_files
 
 _CLASSES: dict[str | None, Any] = {
     None: AutoModelForCausalLM,

@@ -22,7 +22,8 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from loraplex.tuner.bank import find_bank
-from loraplex.tuner.config import AdapterConfig, check_count
+from loraplex.tuner.checks import check_count
+from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.sharing import SharedFactors
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
+from loraplex.tuner.checks import check_choice, check_count
+from loraplex.tuner.config import MOST_PARTS, AdapterConfig, unscaled
 from loraplex.tuner.factors import Factors, kaiming_, wide
 from loraplex.tuner.findings import Finding, OverLayers, Panel
 from loraplex.tuner.model import AdapterModel

@@ -162,3 +162,36 @@ class AdapterLinear(MergingLayer, AdapterLayer):
 
     def __repr__(self) -> str:
         return "loraplex." + super().__repr__()
+
+
+def put_around(target: nn.Module, parent: nn.Module, name: str, quantization: dict[str, Any]) -> AdapterLinear:
+    """An `AdapterLinear` around a module of the model.
+
+    Args:
+        target: the module, or another tuner's layer around it.
+        parent: the module that holds it.
+        name: its name.
+        quantization: what PEFT knows of the model's quantisation.
+
+    Raises:
+        ValueError: the module can't be adapted.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"{name} belongs to nn.MultiheadAttention, which reads its weight without calling it: an adapter there "
+            "would do nothing. Put it into exclude_modules."
+        )
+    try:
+        backend = resolve_quantization_backend(base, **quantization)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is quantised with torchao, but the model does not say how ({error}). Load it with "
+            "quantization_config=TorchAoConfig(…), and adapt the whole model, not a part of it."
+        ) from error
+    if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
+        raise ValueError(
+            f"{name} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be adapted. "
+            "Leave it out of target_modules, or train it in full with modules_to_save."
+        )
+    return AdapterLinear(target, name, **quantization)

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
-from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from loraplex.io.field_types import shown
 from loraplex.io.reading import message_of
@@ -25,7 +23,7 @@ from loraplex.tuner.attempt import Attempt, all_or_nothing, running
 from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import AdapterLayer, AdapterLinear
+from loraplex.tuner.layer import AdapterLayer, AdapterLinear, put_around
 from loraplex.tuner.left_out import asks_for_all, warn_of_left_out
 from loraplex.tuner.load_checks import back_up_values, check_config, check_tensors, warn_of_nonfinite, weights_of
 from loraplex.tuner.mixed_batches import passed_down
@@ -166,35 +164,16 @@ class AdapterModel(MergingModel):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, AdapterLinear) else self._wrap(target, parent, current_key)
+        if isinstance(target, AdapterLinear):
+            layer = target
+        else:
+            layer = put_around(target, parent, current_key, get_quantization_kwargs(self.model))
         factors = peft_config.factors_cls(peft_config, current_key, layer.in_features, layer.out_features)
         layer.add_adapter(adapter_name, peft_config, factors)
         # This makes the parameters of inactive adapters untrainable.
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-
-    def _wrap(self, target: nn.Module, parent: nn.Module, name: str) -> AdapterLinear:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"{name} belongs to nn.MultiheadAttention, which reads its weight without calling it: an adapter there "
-                "would do nothing. Put it into exclude_modules."
-            )
-        quantization = get_quantization_kwargs(self.model)
-        try:
-            backend = resolve_quantization_backend(base, **quantization)
-        except ValueError as error:
-            raise ValueError(
-                f"{name} is quantised with torchao, but the model does not say how ({error}). Load it with "
-                "quantization_config=TorchAoConfig(…), and adapt the whole model, not a part of it."
-            ) from error
-        if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
-            raise ValueError(
-                f"{name} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be adapted. "
-                "Leave it out of target_modules, or train it in full with modules_to_save."
-            )
-        return AdapterLinear(target, name, **quantization)
 
     # Embeddings that are tied to a head, with ensure_weight_tying
 

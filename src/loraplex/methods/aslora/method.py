@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loraplex.methods.aslora.shared import AsLoraShared
-from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_steps, unscaled
+from loraplex.tuner.checks import check_choice, check_count, check_steps
+from loraplex.tuner.config import AdapterConfig, unscaled
 from loraplex.tuner.factors import Factors, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.sharing import read, select

@@ -12,7 +12,8 @@ from typing import ClassVar
 from loraplex.io.field_types import shown
 from loraplex.methods.dual_lora.factors import DualLoraFactors
 from loraplex.methods.dual_lora.warmup import DualLoraShared
-from loraplex.tuner.config import AdapterConfig, check_choice, check_count, check_number, check_steps
+from loraplex.tuner.checks import check_choice, check_count, check_number, check_steps
+from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.model import AdapterModel
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraplex.methods.masa.experts import MasaShared, similarity_of_experts
-from loraplex.tuner.config import MOST_PARTS, AdapterConfig, check_choice, check_count, unscaled
+from loraplex.tuner.checks import check_choice, check_count
+from loraplex.tuner.config import MOST_PARTS, AdapterConfig, unscaled
 from loraplex.tuner.factors import wide
 from loraplex.tuner.findings import Finding, GateUse
 from loraplex.tuner.gates import GatedFactors
