@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from loraplex.methods.dual_lora.method import DualLoraFactors
+from loraplex.methods.dual_lora.factors import DualLoraFactors
 from loraplex.recipes.training.run import train
 from loraplex.study.cells import Cell, run_of
 from loraplex.study.config import load_study

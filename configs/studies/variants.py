@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from loraplex.methods.dual_lora.method import DualLoraConfig, DualLoraShared, Sign
+from loraplex.methods.dual_lora.method import DualLoraConfig
+from loraplex.methods.dual_lora.sign import Sign
+from loraplex.methods.dual_lora.warmup import DualLoraShared
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.layer import Factors, wide
+from loraplex.tuner.factors import Factors, wide
 from loraplex.tuner.model import AdapterModel
 from loraplex.tuner.registry import register
 
