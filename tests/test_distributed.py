@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import forking
 from loraplex import (
     AsLoraConfig,
     DualLoraConfig,
@@ -225,7 +226,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(2, port, str(folder)), nprocs=2)
+    forking.run_ranks(worker, 2, 2, port, str(folder), folder=folder)
     found = [read_runs(folder, rank) for rank in range(2)]
     for rank, runs in enumerate(found):
         runs["disagree"] = json.loads((folder / f"{rank}.disagree.json").read_text())

@@ -8,18 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOM = Path(__file__).parent
+import forking
+from loraplex.commands.cli import main
+
 LORAPLEX = (sys.executable, "-m", "loraplex", "exec")
 
 
-def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    return subprocess.run([*LORAPLEX, *map(str, arguments)], **options)
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`loraplex exec` with some arguments, in a fork that has imported loraplex already."""
+
+    def forked(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        return forking.run(main, ["exec", *map(str, arguments)], folder=tmp_path, **options)
+
+    return forked
 
 
 def program(folder: Path, text: str) -> Path:
@@ -35,12 +43,12 @@ def test_a_file(tmp_path: Path) -> None:
     path = program(tmp_path, SHOW + "import beside\nsys.exit(beside.CODE)\n")
     (tmp_path / "beside.py").write_text("CODE = 7\n")
     arguments = ["--help", "-o", "--train.max_steps", "a b", "--", "", "--adapter.r=3"]
-    done = run(path, *arguments)
+    done = subprocess.run([*LORAPLEX, str(path), *arguments], capture_output=True, text=True, timeout=300)
     assert json.loads(done.stdout) == ["__main__", [str(path), *arguments], True]
     assert (done.returncode, "Traceback" in done.stderr) == (7, False)
 
 
-def test_a_module(tmp_path: Path) -> None:
+def test_a_module(run: Any, tmp_path: Path) -> None:
     program(tmp_path, SHOW + "sys.exit('a reason')\n")
     done = run("-m", "program", "-m", "--version", cwd=tmp_path)
     assert json.loads(done.stdout) == ["__main__", [str(tmp_path / "program.py"), "-m", "--version"], True]
@@ -49,14 +57,14 @@ def test_a_module(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [["accelerate"], ["-m", "accelerate.commands.accelerate_cli"]])
-def test_a_console_script(how: list[str]) -> None:
+def test_a_console_script(run: Any, how: list[str]) -> None:
     done = run(*how, "--help")
     assert done.returncode == 0
     assert "usage: accelerate" in done.stdout
     assert run(*how, "env", "--nonsense").returncode == 2
 
 
-def test_unknown_programs(tmp_path: Path) -> None:
+def test_unknown_programs(run: Any, tmp_path: Path) -> None:
     done = run("acelerate")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: acelerate is no console script of this environment" in done.stderr
@@ -74,7 +82,7 @@ def test_unknown_programs(tmp_path: Path) -> None:
     assert "usage: loraplex exec" in done.stdout
 
 
-def test_errors_are_the_programs_own(tmp_path: Path) -> None:
+def test_errors_are_the_programs_own(run: Any, tmp_path: Path) -> None:
     done = run(program(tmp_path, "raise ValueError('mine')\n"))
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -86,15 +94,19 @@ def test_errors_are_the_programs_own(tmp_path: Path) -> None:
 def test_signals_reach_the_program(number: int, handled: bool, tmp_path: Path) -> None:
     handler = f"signal.signal({int(number)}, lambda *_: sys.exit(9))\n" if handled else ""
     path = program(tmp_path, f"import signal, sys, time\n{handler}print('ready', flush=True)\ntime.sleep(60)\n")
-    command = [*LORAPLEX, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.2)  # it sleeps by then
-        process.send_signal(number)
-        # What importing PEFT brings makes Python end with 1 after a KeyboardInterrupt that nobody handles.
-        unhandled = {-number, 1} if number == signal.SIGINT else {-number}
-        assert process.wait(60) in ({9} if handled else unhandled)
+    out = tmp_path / "out"
+    process = forking.start(main, ["exec", str(path)], out=out, err=tmp_path / "err")
+    deadline = time.monotonic() + 60
+    while not out.exists() or out.read_text() != "ready\n":
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.2)  # it sleeps by then
+    os.kill(process.pid, number)
+    process.join(60)
+    # What importing PEFT brings makes Python end with 1 after a KeyboardInterrupt that nobody handles.
+    unhandled = {-number, 1} if number == signal.SIGINT else {-number}
+    assert process.exitcode in ({9} if handled else unhandled)
 
 
 CHILD = """
@@ -106,7 +118,7 @@ subprocess.run([sys.executable, "-c", nested, code])
 """
 
 
-def test_children_and_their_children_know_the_methods(tmp_path: Path) -> None:
+def test_children_and_their_children_know_the_methods(run: Any, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "sitecustomize.py").write_text("")
@@ -117,7 +129,7 @@ def test_children_and_their_children_know_the_methods(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f"True {theirs / 'sitecustomize.py'}"] * 2
 
 
-def test_children_of_other_environments_are_left_alone(tmp_path: Path) -> None:
+def test_children_of_other_environments_are_left_alone(run: Any, tmp_path: Path) -> None:
     child = (
         f"import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-S', '-c', {'print(1)'!r}]).returncode)\n"
     )
@@ -135,9 +147,9 @@ print("MASA" in configs, sys.argv[1:], flush=True)
 @pytest.mark.parametrize(
     "launcher", [["accelerate", "launch", "--cpu", "--num_processes", "1"], ["torchrun", "--nproc-per-node", "2"]]
 )
-def test_launchers(launcher: list[str], tmp_path: Path) -> None:
+def test_launchers(run: Any, launcher: list[str], tmp_path: Path) -> None:
     done = run(*launcher, program(tmp_path, LAUNCHED), "--lr", "1", env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("True ['--lr', '1']") == int(launcher[-1])
     failing = program(tmp_path, "import sys; sys.exit(3)")
-    assert run(*launcher, failing).returncode == 1
+    assert run(*launcher[:-1], "1", failing).returncode == 1

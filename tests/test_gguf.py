@@ -6,7 +6,7 @@ Its rules are checked without it in test_export.py.
 from __future__ import annotations
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,9 +15,16 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 
+import forking
 import helpers as h
 from helpers import ARCHS, config
 from loraplex.export.lora import export_lora
+
+
+def run_script(script: Path, *arguments: Path) -> None:
+    sys.argv = [str(script), *map(str, arguments)]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("method", ["multilora", "aslora", "masa-sum", "masa-concat"])
@@ -34,8 +41,8 @@ def test_llama_cpp_s_converter_takes_the_export(method: str, tmp_path: Path) -> 
     h.fill(model)
     export_lora(model, tmp_path / "lora", engine="llama.cpp")
     script = Path(folder) / "llama.cpp" / "convert_lora_to_gguf.py"
-    command = [sys.executable, script, tmp_path / "lora", "--base", tmp_path / "base", "--outfile", tmp_path / "a.gguf"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    arguments = [tmp_path / "lora", "--base", tmp_path / "base", "--outfile", tmp_path / "a.gguf"]
+    done = forking.run(run_script, script, *arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     tensors = {t.name: torch.tensor(t.data) for t in GGUFReader(tmp_path / "a.gguf").tensors}
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")

@@ -7,8 +7,6 @@ is easier to import there than the adapter's own files. A file that is imported 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from runs import entry
 from transformers import AutoModelForCausalLM
 
+import forking
 import helpers as h
 from loraplex.commands.cli import main
 
@@ -49,26 +48,16 @@ COMMANDS = {
 }
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["loraplex.recipes.adapters.exporting", "loraplex.recipes.adapters.looking", "loraplex.commands.report"]
-)
 
-
-def _in_folder(folder: Path, arguments: list[str], log: Path) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.chdir(folder)
+def _in_folder(folder: Path, arguments: list[str]) -> int:
     sys.path.insert(0, str(folder))  # as `python -m loraplex` does
-    sys.exit(main(arguments))
+    return main(arguments)
 
 
 def run(folder: Path, arguments: list[str]) -> tuple[int, str]:
     """Exit code and output of a command in `folder`."""
     log = folder / "log.txt"
-    process = _context.Process(target=_in_folder, args=(folder, arguments, log))
-    process.start()
+    process = forking.start(_in_folder, folder, arguments, out=log, cwd=folder)
     process.join()
     return process.exitcode, log.read_text()
 

@@ -8,9 +8,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import yaml
 from runs import entry
 
+import forking
 from loraplex.commands.cli import main
 from loraplex.study.config import load_study
 from loraplex.study.sizes import nearest_size
@@ -139,26 +139,24 @@ def test_a_study(room, tmp_path, capsys):
 CELL = Path("out/cells/reviews/lora/lr-0.001/seed-0")
 
 
-def started(room: Path, folder: Path, train: dict[str, int], *more: str) -> subprocess.Popen[str]:
-    """The command, in a process of its own, on a study of LoRA alone."""
+def started(room: Path, folder: Path, train: dict[str, int], *more: str) -> tuple[list[str], BaseProcess]:
+    """The command on a study of LoRA alone, and a process of its own that runs it."""
     path = study(room, folder, methods=["lora"], adapter=TARGETS, learning_rates=[1e-3], train=train)
-    command = [sys.executable, "-m", "loraplex", "compare", str(path), "--seeds", "[0]", *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = ["compare", str(path), "--seeds", "[0]", *more]
+    return command, forking.start(main, command, out=folder / "out.txt", err=folder / "err.txt")
 
 
 def test_killed_and_continued(room, tmp_path):
     """kill -9 of the study while a cell trains: the cell stops by itself, and the next call goes on from there."""
-    train, cell = {"max_steps": 150, "save_steps": 1}, tmp_path / CELL
-    process = started(room, tmp_path, train)
+    cell = tmp_path / CELL
+    command, process = started(room, tmp_path, {"max_steps": 150, "save_steps": 10})
     until(lambda: any((p / "files.json").exists() for p in cell.glob("checkpoint-*")))
     process.kill()
-    process.communicate(timeout=60)
+    process.join(60)
     until(lambda: not (cell / ".lock").exists())
     rows = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
     assert 0 < rows[-1]["step"] < 150
-    process = started(room, tmp_path, train)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    assert main(command) == 0
     assert "continuing from" in (cell / "output.log").read_text()
     assert (cell / "test.json").is_file()
 
@@ -166,16 +164,18 @@ def test_killed_and_continued(room, tmp_path):
 def test_a_signal_stops_at_a_checkpoint(room, tmp_path):
     """SIGTERM: the running cell saves, the command says how to go on."""
     cell = tmp_path / CELL
-    process = started(room, tmp_path, {"max_steps": 4000, "save_steps": 4000}, "--train.logging_steps", "1")
+    train = {"max_steps": 4000, "save_steps": 4000}
+    _, process = started(room, tmp_path, train, "--train.logging_steps", "1")
     until(lambda: (cell / "metrics.jsonl").exists() and (cell / "metrics.jsonl").read_text().count("\n") > 3)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(120)
+    err = (tmp_path / "err.txt").read_text()
+    assert process.exitcode == 130, err
     assert re.search(r"continue with: loraplex compare \S+study.yaml --seeds '\[0\]' --train.logging_steps 1\n", err)
     assert list(cell.glob("checkpoint-*"))
 
 
-def until(condition: Any, seconds: float = 120) -> None:
+def until(condition: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from peft import get_peft_model
 from test_study import TARGETS, study
 from torch import nn
 
+import forking
 import loraplex
 from loraplex.commands.cli import main
 
@@ -98,8 +97,7 @@ def test_a_module_in_the_working_directory(room, tmp_path):
     methods = {"lora": None, "full": {"method": "mine:FullConfig", "size": None}}
     settings = {"methods": methods, "adapter": TARGETS, "learning_rates": [1e-3], "seeds": [0], "general_text": None}
     path = study(room, tmp_path, **settings)
-    command = [Path(sys.executable).with_name("loraplex"), "compare", path]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = forking.run(main, ["compare", str(path)], folder=tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())["tasks"][0]
     assert {line["method"] for line in results["lines"]} == {"base", "lora", "full"}

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
-import multiprocessing
 import os
 import re
 import resource
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from tqdm import tqdm
 
+from forking import start
 from loraplex.commands.cli import main
 from loraplex.io import files
 from loraplex.methods.aslora.shared import AsLoraShared
 
-# Importing all this takes longer than training: it is done once, in a process that the others are forked from.
-_IMPORTED_ONCE = ["loraplex.recipes.training.run", "loraplex.commands.report"]
-_IMPORTED_ONCE += [
-    "matplotlib.backends.backend_agg",
-    "deepspeed",
-    "peft.utils.transformers_weight_conversion",
-    "torch.utils.serialization",
-    "PIL.PngImagePlugin",
-    "pytest",
-]
 _OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
@@ -39,15 +26,10 @@ class Launcher:
     """Starts `loraplex train RUN` in processes of their own; `errors` is what the last one wrote to stderr."""
 
     def __init__(self, log: Path) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_IMPORTED_ONCE)
         self._log = log
 
     def start(self, run: Path, *options: str, prepare: Callable | None = None, given: tuple = ()):
-        arguments = (["train", str(run), *options], self._log, prepare, given)
-        process = self._context.Process(target=_train, args=arguments)
-        process.start()
-        return process
+        return start(_train, ["train", str(run), *options], prepare, given, out=self._log)
 
     def __call__(self, run: Path, *options: str, kill_after: float | None = None, **prepared) -> int:
         """Its exit code, or minus the signal that ended it."""
@@ -62,16 +44,10 @@ class Launcher:
         return self._log.read_text()
 
 
-def _train(argv: list[str], log: Path, prepare: Callable | None, given: tuple) -> None:
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    torch.set_num_threads(1)
-    gc.freeze()  # a search for garbage in what was imported would copy all of it
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which killed processes would leave behind
+def _train(argv: list[str], prepare: Callable | None, given: tuple) -> int:
     if prepare is not None:
         prepare(*given)
-    sys.exit(main(argv))
+    return main(argv)
 
 
 def _die() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 from runs import entry, tokenizer, write_run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import forking
 from loraplex.commands.cli import main
 
 CHOICES = ["bad film", "very good", "dull"]
@@ -77,16 +76,16 @@ def test_our_metrics_are_the_harness_s(adapter, capsys):
     assert ours["base"] != ours["adapted"]
 
 
-def test_the_harness_itself_loads_our_folder(adapter, capsys):
+def test_the_harness_itself_loads_our_folder(adapter, tmp_path, capsys):
     """`loraplex exec lm_eval` measures what `loraplex eval --harness` does, in a process of its own."""
     folder = adapter.parent
     capsys.readouterr()
     assert main(["eval", str(adapter), "--harness", "choosing", "--harness-path", str(folder / "tasks"), "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)["tasks"]["choosing"]["adapted"]
-    command = [sys.executable, "-m", "loraplex", "exec", "lm_eval", "--model", "hf", "--device", "cpu"]
+    command = ["exec", "lm_eval", "--model", "hf", "--device", "cpu"]
     command += ["--model_args", f"pretrained={folder / 'model'},peft={adapter},dtype=float32", "--tasks", "choosing"]
     command += ["--include_path", str(folder / "tasks"), "--output_path", str(folder / "harness")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forking.run(main, command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     (report,) = (folder / "harness").rglob("results*.json")
     theirs = json.loads(report.read_text())["results"]["choosing"]

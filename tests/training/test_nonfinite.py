@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from faults import LAYER, Faults, bad_factor, bad_gradient, bad_loss, bad_output, same, state_of
 from runs import METHODS, rows, without_times, write_run
 
+import forking
 import loraplex.recipes.training.run as run_module
 from loraplex.commands.cli import main
 
@@ -289,7 +290,7 @@ def test_ranks_stop_and_skip_together(room, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, args=(port, tmp_path), nprocs=2)
+    forking.run_ranks(worker, 2, port, tmp_path, folder=tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["code"] == other["code"] == {"stop": 2, "skip": 0}
     assert one["unchanged"] == other["unchanged"] == {step: step == 3 for step in range(1, 9)}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from runs import METHODS, rows, without_times, write_run
 
+import forking
 from loraplex.commands.cli import main
 from loraplex.recipes.training.callbacks import ProgressLine
 
@@ -46,18 +45,17 @@ def signal_before_step(step: int, *numbers: int):
 
 def interrupt(run: Path, output_dir: Path, after: int, number: int) -> int:
     """Train in a process of its own, send it a signal once `after` steps are logged; its exit code."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "loraplex", "train", str(run)]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (output_dir / "metrics.jsonl").is_file() and len(rows_so_far(output_dir)) >= after:
-                process.send_signal(number)
-                break
-            time.sleep(0.02)
-        _, errors = process.communicate(timeout=60)
-    assert "continue with: loraplex train" in errors, errors
-    return process.returncode
+    errors = output_dir.with_suffix(".err")
+    process = forking.start(main, ["train", str(run)], out=errors)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.is_alive():
+        if (output_dir / "metrics.jsonl").is_file() and len(rows_so_far(output_dir)) >= after:
+            os.kill(process.pid, number)
+            break
+        time.sleep(0.02)
+    process.join(60)
+    assert "continue with: loraplex train" in errors.read_text(), errors.read_text()
+    return process.exitcode
 
 
 def rows_so_far(output_dir: Path) -> list[str]:
