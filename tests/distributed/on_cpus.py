@@ -1,10 +1,12 @@
 """Runs the `loraplex` command in each process of a launcher, with CPUs and gloo in place of GPUs and NCCL.
 
-Arguments: a file of jobs, `[{"argv": […], …}]`, that run one after the other, and a folder for their exit codes.
+Arguments: a file of jobs, `[{"argv": […], …}]`, that run one after the other, and a folder for their exit codes and for
+the environment that the launcher gave.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import torch.distributed as dist
 import transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from environment import leave_environment
 
 import loraplex.recipes.training.run
 from loraplex.commands.cli import main
@@ -68,9 +71,17 @@ def run(job: dict) -> int:
     return main(job["argv"])
 
 
-if __name__ == "__main__":
-    jobs, folder = map(Path, sys.argv[1:])
+def run_all(jobs: Path, folder: Path) -> int:
+    """Run the jobs of a file as one rank; the exit codes go to a file of the rank's name."""
+    rank = os.environ["RANK"]
+    leave_environment(folder)
     use_cpus()
+    gc.freeze()  # what was imported is no garbage, and every run searches for some
     codes = [run(job) for job in json.loads(jobs.read_text())]
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(codes))
+    (folder / f"{rank}.json").write_text(json.dumps(codes))
     dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_all(*map(Path, sys.argv[1:])))

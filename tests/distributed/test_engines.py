@@ -12,7 +12,6 @@ import os
 import random
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate.commands.launch import main as launcher
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from forking import join, run, start
 from loraplex.commands.cli import main
 
-sys.path += [str(Path(__file__).parents[1] / "training"), str(Path(__file__).parents[1])]
+sys.path.append(str(Path(__file__).parents[1] / "training"))
+from on_cpus import run_all
 from runs import METHODS, furnish, rows, write_run
 
 from test_distributed import adapted, global_batch
@@ -41,18 +43,15 @@ ENGINES: dict[str, tuple[str, dict[str, str]]] = {
     "zero2": ("zero2", {}),
     "zero3": ("zero3", {}),
 }
+LAUNCHED = ("fsdp2", "zero3")
+"""Engines whose first runs are the launcher's processes; the others' fork in the environment that it gave a script."""
 BATCH = 8
 RESUMED = ["aslora", "dual_lora", "multilora"]
 HALF = {"dtype": "bfloat16", "bf16": True}
 
 
-def launch(engine: str, processes: int, jobs: list[dict[str, Any]], folder: Path) -> tuple[list[list[int]], str]:
-    """Exit codes by rank and job (nothing from a launch that died), and what was printed."""
-    folder.mkdir(parents=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def launch(engine: str, script: str, *arguments: Path, folder: Path) -> str:
+    """Run a script of this folder in two processes of accelerate's launcher; what was printed."""
     name, variables = ENGINES[engine]
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     if name == "zero3":
@@ -66,17 +65,54 @@ def launch(engine: str, processes: int, jobs: list[dict[str, Any]], folder: Path
     if "FSDP_STATE_DICT_TYPE" in variables:
         config["fsdp_config"]["fsdp_state_dict_type"] = variables["FSDP_STATE_DICT_TYPE"]
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
-    command += ["--num_processes", str(processes), "--main_process_port", str(port)]
-    if processes == 1 and name == "ddp":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "--master_port", str(port)]
-    command += [str(Path(__file__).with_name("on_cpus.py")), str(folder / "jobs.json"), str(folder)]
+    command = ["--config_file", str(folder / "accelerate.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", str(free_port())]
+    command += [str(Path(__file__).with_name(script)), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False
-    )
-    codes = [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9].json"))]
-    return codes, done.stdout
+    done = run(accelerate_launch, command, folder=folder, env=environment)
+    return done.stdout + done.stderr
+
+
+def accelerate_launch(arguments: list[str]) -> None:
+    """The program `accelerate launch`."""
+    sys.argv = ["accelerate-launch", *arguments]
+    launcher()
+
+
+def launch_again(
+    launched: Path, processes: int, jobs: list[dict[str, Any]], folder: Path
+) -> tuple[list[list[int]], str]:
+    """What `launch` returns, of forks in the environment that the launcher gave in the folder `launched`.
+
+    As under a launcher, all are ended where one fails.
+    """
+    write_jobs(folder, jobs)
+    given = json.loads((launched / "0.environment.json").read_text())
+    given = {name: value for name, value in given.items() if not name.startswith("TORCHELASTIC_")}
+    port, ranks = str(free_port()), []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        environment = {**given, **{name: str(value) for name, value in place.items()}, "MASTER_PORT": port}
+        ranks.append(start(run_all, folder / "jobs.json", folder, out=folder / f"{rank}.log", env=environment))
+    codes = join(ranks)
+    text = "".join((folder / f"{rank}.log").read_text() for rank in range(processes))
+    return codes_of(folder), f"{text}\nexit codes: {codes}"
+
+
+def write_jobs(folder: Path, jobs: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+
+
+def codes_of(folder: Path) -> list[list[int]]:
+    """By rank and job; nothing from a launch that died."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("[0-9].json"))]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def job(room: Path, output_dir: Path, method: str, processes: int, **options: Any) -> dict[str, Any]:
@@ -122,7 +158,17 @@ def together(engine: str, room: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp(engine)
     jobs = [job(room, folder / method, method, 2) for method in METHODS]
     jobs += [job(room, folder / f"{method}-half", method, 2, half=True) for method in ("aslora", "dual_lora")]
-    codes, text = launch(engine, 2, jobs, folder / "launch")
+    launched = folder / "launch"
+    write_jobs(launched, jobs)
+    if engine in LAUNCHED:
+        text, codes = (
+            launch(engine, "on_cpus.py", launched / "jobs.json", launched, folder=launched),
+            codes_of(launched),
+        )
+    else:
+        text = launch(engine, "environment.py", launched, folder=launched)
+        assert len(list(launched.glob("*.environment.json"))) == 2, text
+        codes, text = launch_again(launched, 2, jobs, folder / "forked")
     assert codes == [[0] * len(jobs)] * 2, text
     return folder
 
@@ -189,7 +235,7 @@ def resumed(engine: str, together: Path, room: Path, tmp_path_factory: pytest.Te
         again = job(room, folder / method, method, 1)
         shutil.copy(folder / f"{method}.yaml", folder / method / "run.yaml")
         jobs.append({"argv": [*again["argv"], "--resume"]})
-    codes, text = launch(engine, 1, jobs, folder / "launch")
+    codes, text = launch_again(together / "launch", 1, jobs, folder / "launch")
     assert codes == [[0] * len(jobs)], text
     return folder
 
@@ -215,13 +261,17 @@ def test_running_averages_go_on(engine: str, resumed: Path, together: Path) -> N
         torch.testing.assert_close(torch.as_tensor(one[key]), torch.as_tensor(value), rtol=1e-4, atol=1e-6, msg=key)
 
 
-def test_a_process_that_is_killed_while_saving(room: Path, alone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "aslora"
-    codes, _ = launch("zero3", 2, [job(room, run, "aslora", 2, dies=1)], tmp_path / "first")
+ZERO3 = pytest.mark.parametrize("engine", ["zero3"], indirect=True, scope="module")
+
+
+@ZERO3
+def test_a_process_that_is_killed_while_saving(together: Path, room: Path, alone: Path, tmp_path: Path) -> None:
+    launched, run = together / "launch", tmp_path / "aslora"
+    codes, _ = launch_again(launched, 2, [job(room, run, "aslora", 2, dies=1)], tmp_path / "first")
     assert codes == []
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
     again = job(room, run, "aslora", 2)
-    codes, text = launch("zero3", 2, [{"argv": [*again["argv"], "--resume"]}], tmp_path / "second")
+    codes, text = launch_again(launched, 2, [{"argv": [*again["argv"], "--resume"]}], tmp_path / "second")
     assert codes == [[0], [0]], text
     assert_same_run(run, alone / "aslora")
     assert not list(run.glob(".*"))
@@ -240,7 +290,7 @@ def test_random_kills(engine: str, together: Path, room: Path, alone: Path, tmp_
         going_on["argv"] += ["--resume"] * resumes
         if len(killed) < int(os.environ.get("LORAPLEX_KILLS", "1")):
             going_on["dies_after"] = draw.randrange(2), draw.uniform(0.1, 0.7) * seconds
-        codes, text = launch(engine, 2, [going_on], tmp_path / f"launch-{number}")
+        codes, text = launch_again(together / "launch", 2, [going_on], tmp_path / f"launch-{number}")
         if codes == [[0], [0]]:
             assert_same_run(run, alone / "aslora")
             assert not list(run.glob(".*"))
@@ -249,14 +299,16 @@ def test_random_kills(engine: str, together: Path, room: Path, alone: Path, tmp_
             shutil.rmtree(run)
         else:
             assert "dies_after" in going_on, text
-            assert "SIGKILL" in text, text
+            assert "-9" in text.rpartition("exit codes: ")[2], text
             killed.append(going_on["dies_after"])
     print(f"{engine}: a run takes {seconds:.1f} s; (rank, after s) killed: {killed}")
 
 
-def test_reentrant_checkpointing_under_zero3_is_refused(room: Path, tmp_path: Path) -> None:
+@ZERO3
+def test_reentrant_checkpointing_under_zero3_is_refused(together: Path, room: Path, tmp_path: Path) -> None:
     """It would lose all but one layer's gradient of a shared factor, without a word."""
-    codes, text = launch("zero3", 2, [job(room, tmp_path / "masa", "masa", 2, reentrant=True)], tmp_path / "launch")
+    jobs = [job(room, tmp_path / "masa", "masa", 2, reentrant=True)]
+    codes, text = launch_again(together / "launch", 2, jobs, tmp_path / "launch")
     assert codes == []
     assert "Reentrant activation checkpointing" in text
     assert "'use_reentrant': False" in text
