@@ -4,9 +4,10 @@ VENV ?= .venv
 STUDY ?= configs/studies/quick.yaml
 CASES ?= 20000
 SEED ?= 1
+KILLS ?= 13
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart study test test-servers lint fuzz clean
+.PHONY: quickstart study test soak test-servers lint fuzz clean
 
 quickstart: $(VENV)/quickstart.done  ## fine-tune a real language model, compare with LoRA (≤ 10 minutes on two cores)
 	$(VENV)/bin/python examples/quickstart.py
@@ -19,6 +20,11 @@ test: $(VENV)/test.done  ## lint, types, tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -rs
+
+soak: $(VENV)/test.done  ## hours: KILLS random kills of each method and engine, an interrupt at every call, then `make fuzz`
+	LORAPLEX_KILLS=$(KILLS) LORAPLEX_EVERY_CALL=1 $(VENV)/bin/python -m pytest -rs \
+		tests/training/test_kill.py tests/distributed/test_engines.py tests/test_whole_loads.py
+	$(MAKE) fuzz
 
 lint: $(VENV)/test.done  ## format and check the code
 	$(VENV)/bin/ruff format .

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 CPU = torch.device("cpu")
@@ -30,6 +30,24 @@ def place(tensor: Tensor) -> torch.device | None:
     return torch.device("meta") if tensor.is_meta else _places.get(tensor)
 
 
+def _binding(tensor: Tensor) -> torch.device | None:
+    """The device that what is computed from a tensor must be on: a number on the CPU binds nothing."""
+    where = place(tensor)
+    return None if where == CPU and not tensor.ndim else where
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those among arguments; much faster than torch's own trees."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one)
+
+
 class _Devices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -43,9 +61,11 @@ class _Devices(TorchFunctionMode):
             return self._to(func, *args, **kwargs)
         if func.__name__ == "_parse_to":
             return func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        # A number may be on the CPU.
-        places = {place(t) for t in tensors if t.ndim or place(t) != CPU} - {None, torch.device("meta")}
+        if func.__name__ == "__get__":  # by far the most
+            result = func(*args)
+            return _put(result, _binding(args[0])) if isinstance(result, Tensor) else result
+        tensors = list(_tensors((args, kwargs)))
+        places = {_binding(t) for t in tensors} - {None, torch.device("meta")}
         if len(places) > 1 and func not in _MAY_MIX:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {places} in {func.__name__}")
         asked = kwargs.get("device")
@@ -58,6 +78,8 @@ class _Devices(TorchFunctionMode):
             where = place(args[0])
         else:
             where = next(iter(places), CPU if not tensors else None)
+        if result is None or isinstance(result, bool | int | float | torch.Size):
+            return result
         return tree_map_only(Tensor, lambda t: _put(t, where), result)
 
     def _to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,8 +10,10 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import cycle
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import peft
@@ -130,14 +132,25 @@ class Interrupt(BaseException):
 WATCHED = (*(os.path.dirname(str(module.__file__)) + os.sep for module in (peft, loraplex)), str(native.__file__))
 
 
-def is_dropped(frame: Any) -> bool:
+@cache
+def is_watched(code: CodeType) -> bool:
+    return code.co_filename.startswith(WATCHED)
+
+
+@cache
+def drops(code: CodeType) -> bool:
+    return code.co_qualname == "finalize.__call__" or code.co_name == "__del__"
+
+
+def is_dropped(frame: FrameType) -> bool:
     """Whether Python drops what is raised here: while a generator is closed, and in what cleans up after an object."""
     if frame.f_code.co_flags & inspect.CO_GENERATOR:
         return True
-    while frame is not None:
-        if frame.f_code.co_qualname == "finalize.__call__" or frame.f_code.co_name == "__del__":
+    above: FrameType | None = frame
+    while above is not None:
+        if drops(above.f_code):
             return True
-        frame = frame.f_back
+        above = above.f_back
     return False
 
 
@@ -150,7 +163,7 @@ class Tracer:
 
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(WATCHED) and not is_dropped(frame):
+        if is_watched(code) and event == "call" and not is_dropped(frame):
             self.calls.append(f"{code.co_filename}:{code.co_qualname}")
             if len(self.calls) - 1 == self.stop:
                 sys.settrace(None)
