@@ -689,10 +689,21 @@ def test_native_loading_is_injection_first(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_only_lora_is_hot_swapped() -> None:
-    """Other types are refused by a table of PEFT's: an entry of ours would need code of ours (test_doors.py)."""
+    """PEFT refuses other types by a table; `patch_peft_hotswap` passes ours on before it is asked.
+
+    Nothing in PEFT holds the functions under another name, and they take the arguments that ours pass on.
+    """
     from peft.utils import hotswap
 
     assert list(hotswap.CONFIG_KEYS_TO_CHECK) == [PeftType.LORA]
+    for name in HOTSWAP:
+        ours = getattr(hotswap, name)
+        theirs = ours.__wrapped__
+        for module_name, module in list(sys.modules.items()):
+            if module_name.partition(".")[0] in ("peft", "transformers"):
+                assert not any(value is theirs for value in vars(module).values()), module_name
+        parameters = [list(inspect.signature(each, follow_wrapped=False).parameters) for each in (ours, theirs)]
+        assert parameters[0] == parameters[1]
 
 
 # Optimizers and callbacks
@@ -1061,11 +1072,13 @@ def test_importing_changes_what_the_record_names() -> None:
     entry_points = {key for key in found["changed"] if key.rpartition(":")[2] in ENTRY_POINTS}
     assert conversion_names <= set(found["changed"])
     status_names = {f"{module}:get_layer_status" for module in ("peft", "peft.peft_model")}
-    assert set(found["changed"]) == conversion_names | entry_points | status_names
+    hotswap_names = {f"peft.utils.hotswap:{name}" for name in HOTSWAP}
+    assert set(found["changed"]) == conversion_names | entry_points | status_names | hotswap_names
     kinds = ("PeftModel", "PeftMixedModel", "PeftAdapterMixin")
     assert all(any(kind in key for kind in kinds) for key in entry_points)
 
 
+HOTSWAP = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap")
 CONVERSION = ("peft", "peft.tuners", "peft.tuners.lora", "peft.tuners.lora.conversion")
 ENTRY_POINTS = ("__init__", "add_adapter", "load_adapter", "from_pretrained")
 

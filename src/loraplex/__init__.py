@@ -9,6 +9,7 @@ from loraplex.runtime.parallel import gathered_state_dict
 from loraplex.tuner.cache import clear_cache
 from loraplex.tuner.calibration import Calibration, calibrate
 from loraplex.tuner.finite import allow_nonfinite
+from loraplex.tuner.hotswap import hotswap, patch_peft_hotswap
 from loraplex.tuner.registry import add_adapter, load_adapter
 from loraplex.tuner.schedule_callback import ScheduleCallback
 from loraplex.tuner.schedules import (
@@ -22,6 +23,7 @@ from loraplex.tuner.schedules import (
 from loraplex.version import __version__
 
 patch_peft_conversion()
+patch_peft_hotswap()
 
 __all__ = [
     "AsLoraConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "clear_cache",
     "export_lora",
     "gathered_state_dict",
+    "hotswap",
     "load_adapter",
     "load_schedules",
     "loss_scale",

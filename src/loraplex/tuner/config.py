@@ -50,6 +50,8 @@ class AdapterConfig(PeftConfig):
 
     rank_fields: ClassVar[tuple[str, ...]] = ("rank_pattern",)
     """Fields beside r that say what the ranks are."""
+    training_fields: ClassVar[tuple[str, ...]] = ("init_weights",)
+    """Fields that say how an adapter starts or is trained, and nothing about what it computes."""
 
     r: int = 8
     """Rank of the factors."""

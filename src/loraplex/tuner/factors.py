@@ -146,7 +146,7 @@ class Factors(NeverOffloaded, ABC):
         return 1
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, r={self.r}, scaling={self.scaling:g}"
+        return f"in={self.in_features}, out={self.out_features}, r={self.r}, scaling={float(self.scaling):g}"
 
 
 def wide(factor: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class GatedFactors(Factors):
 
     def _digest(self) -> str:
         """SHA-256 of `calibrated_tensors`, equal on any device and in any dtype that holds the same values."""
-        digest = hashlib.sha256(repr(self.scaling).encode())
+        digest = hashlib.sha256(repr(float(self.scaling)).encode())
         for factor in self.calibrated_tensors():
             digest.update(to_local(factor).double().cpu().numpy().tobytes())
         return digest.hexdigest()

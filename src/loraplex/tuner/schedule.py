@@ -104,6 +104,10 @@ class Scheduled(SharedFactors):
         """Note where the model keeps the config that is saved with the adapter `name`."""
         self._configs, self._name = configs, name
 
+    def change_config(self, config: Any) -> None:
+        """Go by another config from now on. The state that was reached stays, unless it is loaded too."""
+        self.config, self._left_open = config, None
+
     def setting(self, name: str) -> int | float:
         """A field of the config; the steps of `unknown_length` if it is left open."""
         value = getattr(self.config, name)

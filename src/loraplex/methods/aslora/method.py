@@ -104,6 +104,9 @@ class AsLoraConfig(AdapterConfig):
     source: ClassVar[str] = "arXiv 2412.10135"
     factors_cls: ClassVar[type] = AsLoraFactors
     shared_cls: ClassVar[type] = AsLoraShared
+    training_fields: ClassVar[tuple[str, ...]] = (
+        "init_weights", "merge_start_step", "merge_interval", "num_merges", "merge_candidates", "merge_distance",
+    )  # fmt: skip
 
     merge_start_step: int | float | None = None
     """T_s, after which merging begins: optimizer steps, or a fraction of the run. None: a twentieth of the run, or 320

@@ -135,7 +135,7 @@ class DualLoraFactors(Factors):
         scale = self.scaling * self.shared.fraction(wide(self.lora_B))
         x = x.to(compute_dtype(x))
         if self.cache_delta and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            sources, key = (*self.matrices, self.shared.warmup), (x.dtype, self.scaling)
+            sources, key = (*self.matrices, self.shared.warmup), (x.dtype, float(self.scaling))
             return linear(x, self._cache.get(lambda: delta_weight(self.matrices, scale, x.dtype), sources, key))
         return gated_linear(x, self.matrices, scale, weight, bias)
 

@@ -27,6 +27,7 @@ class DualLoraConfig(AdapterConfig):
     factors_cls: ClassVar[type] = DualLoraFactors
     shared_cls: ClassVar[type] = DualLoraShared
     rank_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "r_magnitude", "r_direction")
+    training_fields: ClassVar[tuple[str, ...]] = ("init_weights", "init_std", "warmup_steps")
 
     r_magnitude: int | None = None
     """r₁, rank of the magnitude group; None: r − r_direction, or half of r, rounded up."""
