@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from runs import METHODS, rows, without_times, write_run
+from safetensors.torch import load_file
 
 import forking
 from loraplex.commands.cli import main
@@ -32,6 +33,31 @@ def test_interrupted_run_continues_bit_for_bit(room, tmp_path, method, monkeypat
     assert main(["train", str(broken / "run.yaml"), "--resume"]) == 0
     assert without_times(rows(broken)) == without_times(rows(whole))
     assert (broken / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+
+
+def test_trained_tokens_continue_bit_for_bit(room, tmp_path, monkeypatch):
+    """Rows of the embedding are in the checkpoint, with the optimizer's state of them."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = {
+        "train": {"max_steps": 10, "eval_steps": 5, "save_steps": 3, "learning_rate": 5e-3},
+        "adapter": {
+            "r": 4,
+            "target_modules": ["q_proj", "v_proj"],
+            "trainable_token_indices": [6, 7],
+            **METHODS["aslora"],
+        },
+    }
+    assert main(["train", str(write_run(room, whole, "aslora", **changes))]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressLine, "on_step_begin", signal_before_step(4, signal.SIGINT), raising=False)
+        assert main(["train", str(write_run(room, broken, "aslora", **changes))]) == 130
+    assert main(["train", str(broken / "run.yaml"), "--resume"]) == 0
+    assert without_times(rows(broken)) == without_times(rows(whole))
+    files = [load_file(folder / "adapter_model.safetensors") for folder in (whole, broken)]
+    (tokens,) = [key for key in files[0] if "trainable_tokens_delta" in key]
+    assert files[0][tokens].shape[0] == 2
+    assert files[0].keys() == files[1].keys()
+    assert all(files[0][key].equal(files[1][key]) for key in files[0])
 
 
 def signal_before_step(step: int, *numbers: int):
