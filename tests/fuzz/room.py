@@ -98,7 +98,7 @@ def furnish(folder: Path) -> Room:
     for module in (
         "trl",
         "loraplex.recipes.training.run",
-        "loraplex.recipes.adapters.looking",
+        "loraplex.recipes.adapters.analysis",
         "loraplex.study.run",
         "pyarrow.parquet",
         "matplotlib.font_manager",

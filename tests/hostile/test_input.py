@@ -19,12 +19,12 @@ from loraplex.io.reading import parse_json, read_json
 from loraplex.recipes.config.data_spec import DataSpec
 from loraplex.recipes.config.run_config import ConfigError, build_run, parse_overrides, set_key
 from loraplex.recipes.config.yaml_text import parse_yaml
-from loraplex.recipes.data.rows import read_rows as read_data
+from loraplex.recipes.data.rows import read_table
 from loraplex.recipes.data.tasks import load_task
 from loraplex.recipes.models.budgeting import parse_parameters
-from loraplex.recipes.training.checkpoints import fault_of
+from loraplex.recipes.training.checkpoints import verify
 from loraplex.recipes.training.lock import locked
-from loraplex.recipes.training.metrics import read_rows
+from loraplex.recipes.training.metrics import read_metrics
 
 
 def bomb(levels: int, width: int = 9, form: str = "[{}]") -> str:
@@ -192,7 +192,7 @@ def test_labels(room: Path, tmp_path: Path, text: str, capsys: Any) -> None:
 def test_metrics(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 .*delete the line"):
-        read_rows(tmp_path / "metrics.jsonl")
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_lock_that_says_nothing(tmp_path: Path, text: str) -> None:
 )
 def test_a_list_of_files_that_is_none(tmp_path: Path, listed: str) -> None:
     (tmp_path / "files.json").write_text(listed)
-    assert fault_of(tmp_path)
+    assert verify(tmp_path)
 
 
 # Data
@@ -243,26 +243,26 @@ def test_rows(tmp_path: Path, line: str) -> None:
     for name in ("x.jsonl", "x.json"):
         (tmp_path / name).write_text(line + "\n")
         with pytest.raises(ValueError, match=name) as caught:
-            read_data(str(tmp_path / name))
+            read_table(str(tmp_path / name))
         assert len(str(caught.value)) < 500
 
 
 def test_files_that_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
     with pytest.raises(ValueError, match="parquet"):
-        read_data(str(tmp_path / "x.parquet"))
+        read_table(str(tmp_path / "x.parquet"))
     with pytest.raises(ValueError, match="home folder"):
-        read_data("~nobody-of-this-name/x.jsonl")
+        read_table("~nobody-of-this-name/x.jsonl")
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "dataset_info.json").write_text("{}")
     (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../x.arrow"}]}))
     with pytest.raises(ValueError, match="only plain file names"):
-        read_data(str(saved))
+        read_table(str(saved))
     (saved / "state.json").write_text(json.dumps({"_data_files": 5}))
     with pytest.raises(ValueError, match="not a list of files"):
-        read_data(str(saved))
+        read_table(str(saved))
     (saved / "state.json").unlink()
     (saved / "dataset_dict.json").write_text(json.dumps({"splits": ["../other"]}))
     with pytest.raises(ValueError, match="only plain file names"):
-        read_data(str(saved))
+        read_table(str(saved))

@@ -16,7 +16,7 @@ import yaml
 from runs import write_run
 
 from loraplex.commands.cli import main
-from loraplex.recipes.training.checkpoints import FILES_NAME, seal
+from loraplex.recipes.training.checkpoints import FILES_NAME, write_manifest
 
 MARK = "LORAPLEX_TEST_MARK"
 
@@ -102,7 +102,7 @@ def test_a_stranger_s_checkpoint(
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "output_dir": str(out)}))
     change(out / "checkpoint-4")
     (out / "checkpoint-4" / FILES_NAME).unlink()
-    seal(out / "checkpoint-4")
+    write_manifest(out / "checkpoint-4")
     capsys.readouterr()
     assert main(["train", str(file), "--resume"]) == 2
     said = capsys.readouterr().err

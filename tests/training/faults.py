@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from loraplex.recipes.training.trace import readable
+from loraplex.recipes.training.nonfinite_search import readable
 
 LAYER = "model.layers.2.mlp.down_proj"
 

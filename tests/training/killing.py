@@ -65,7 +65,7 @@ def _on_file_operations(root: Path, seen: Callable[[str, Path], None]) -> None:
         path = os.fspath(args[0])
         within = event in ("os.remove", "os.rmdir") and not os.path.isabs(path)  # shutil.rmtree
         if within or path.startswith(str(root)):
-            name = re.sub(r"(?<=adapter-)\w+|\d+", "*", path.removeprefix(f"{root}/"))
+            name = re.sub(r"(?<=adapter-)\w+|[0-9a-f]{8}(?=\.tmp)|\d+", "*", path.removeprefix(f"{root}/"))
             seen(f"{event} {name}", Path(path))
 
     sys.addaudithook(hook)

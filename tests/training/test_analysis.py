@@ -157,7 +157,7 @@ def test_updates_that_are_zero_have_figures(tmp_path):
 def test_figures_show_what_they_say(trained, tmp_path):
     """ASLoRA's merges end where the map says; a share is drawn as it is."""
     from loraplex.inspection import plots as figures
-    from loraplex.recipes.adapters.looking import analyse_folder
+    from loraplex.recipes.adapters.analysis import analyse_folder
 
     found = analyse_folder(trained["aslora"], with_data=False)
     merges = found.finding("merges")

@@ -17,9 +17,9 @@ from loraplex.commands.cli import main
 from loraplex.io.files import put_in_place
 from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.training import trainers
-from loraplex.recipes.training.checkpoints import last_complete, outdated, seal
+from loraplex.recipes.training.checkpoints import last_complete, outdated, write_manifest
 from loraplex.recipes.training.lock import LOCK_NAME, locked
-from loraplex.recipes.training.metrics import read_rows
+from loraplex.recipes.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def distributed(folder: Path) -> Path:
     for name in [*files, "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__1_0.distcp", "trainer_state.json"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"contents of {name}")
-    seal(folder)
+    write_manifest(folder)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_last_evaluation_comes_before_the_last_checkpoint(room, tmp_path, monkey
 def test_metrics_cut_off_within_a_character(tmp_path):
     row = json.dumps({"step": 1, "event": "eval", "task": "été"}, ensure_ascii=False).encode()
     (tmp_path / "metrics.jsonl").write_bytes(row + b"\n" + row[: row.index(b"t\xc3\xa9") + 2])
-    assert read_rows(tmp_path / "metrics.jsonl") == [json.loads(row)]
+    assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(row)]
 
 
 def test_lock_of_a_process_that_ended_is_taken_over(tmp_path, capsys):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loraplex.recipes.config.data_spec import with_defaults
-from loraplex.recipes.data.rows import read_rows
+from loraplex.recipes.data.rows import read_table
 from loraplex.recipes.data.tasks import DataSpec, Task, build_mixture, load_task
 from loraplex.recipes.packages import split_options
 
@@ -81,11 +81,11 @@ def test_saved_dataset_with_class_names(tmp_path):
 
 def test_jsonl_may_hold_line_separators_and_blank_lines(write):
     path = write("rows.jsonl", '{"a": "x\u2028y"}\n\n{"a": "z"}\n')
-    assert [row["a"] for row in read_rows(path)] == ["x\u2028y", "z"]
+    assert [row["a"] for row in read_table(path)] == ["x\u2028y", "z"]
 
 
 def test_csv_cells_may_hold_line_ends_and_commas(write):
-    assert read_rows(write("rows.csv", 'a,b\n"x,\ny",1\n'))[0] == {"a": "x,\ny", "b": "1"}
+    assert read_table(write("rows.csv", 'a,b\n"x,\ny",1\n'))[0] == {"a": "x,\ny", "b": "1"}
 
 
 # Templates
@@ -362,25 +362,25 @@ def test_trl_puts_the_loss_on_the_answers_only(write, tmp_path, chat):
 )
 def test_unreadable_file(write, name, content, message):
     with pytest.raises(ValueError, match=message):
-        read_rows(write(name, content))
+        read_table(write(name, content))
 
 
 def test_file_that_is_not_utf8(tmp_path):
     (tmp_path / "r.csv").write_bytes(b"a\n\xff\n")
     with pytest.raises(ValueError, match="not UTF-8"):
-        read_rows(str(tmp_path / "r.csv"))
+        read_table(str(tmp_path / "r.csv"))
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/missing/folder"])
 def test_missing_file(path):
     with pytest.raises(FileNotFoundError, match="missing"):
-        read_rows(path)
+        read_table(path)
 
 
 def test_folder_without_the_split(write, tmp_path):
     write("train.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no dev\.jsonl.*it holds train\.jsonl"):
-        read_rows(str(tmp_path), "dev")
+        read_table(str(tmp_path), "dev")
 
 
 def test_one_file_has_no_splits(write):

@@ -13,7 +13,7 @@ import pytest
 from runs import METHODS, rows, without_times, write_run
 
 from loraplex.commands.cli import main
-from loraplex.recipes.training.checkpoints import checkpoints, fault_of
+from loraplex.recipes.training.checkpoints import checkpoints, verify
 from loraplex.recipes.training.lock import LOCK_NAME
 
 if sys.platform == "win32":
@@ -78,7 +78,7 @@ def check_same(broken: Path, whole: Path) -> None:
     newest = checkpoints(whole)[0].name
     for name in ("adapter_model.safetensors", "adapter_config.json", "loss.png", f"{newest}/optimizer.pt"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
-    assert [fault_of(checkpoint) for checkpoint in checkpoints(broken)] == [None, None]
+    assert [verify(checkpoint) for checkpoint in checkpoints(broken)] == [None, None]
 
 
 def names(folder: Path) -> list[str]:

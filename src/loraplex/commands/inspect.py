@@ -70,7 +70,7 @@ def _draw(args: argparse.Namespace, typed: list[tuple[str, Any]], description: A
     quiet()
     from loraplex.commands.report import print_analysis, print_description
     from loraplex.inspection.plots import draw
-    from loraplex.recipes.adapters.looking import analyse_folder
+    from loraplex.recipes.adapters.analysis import analyse_folder
 
     typed += [] if args.method is None else [("method", args.method)]
     analysis = analyse_folder(args.adapter, args.with_data, typed, args.allow_code)

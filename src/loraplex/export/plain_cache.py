@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.export.wish import read_json
+from loraplex.io.files import write_text
 from loraplex.io.reading import printable
 
 _LOG = logging.getLogger(__name__)
@@ -225,9 +226,7 @@ class PlainCache:
 
     @staticmethod
     def _write(path: Path, value: dict[str, Any]) -> None:
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(value))
 
 
 def print_entries(cache: PlainCache, entries: list[Entry]) -> None:

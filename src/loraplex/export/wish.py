@@ -10,10 +10,11 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from loraplex.io.files import write_text
 
 WISH_NAME = "loraplex.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -81,13 +82,7 @@ class Wish:
 
     def write(self, folder: Path) -> None:
         """Write the wish beside an adapter, whole or not at all."""
-        path = folder / WISH_NAME
-        temporary = path.with_name(f".{WISH_NAME}.{uuid.uuid4().hex[:8]}")
-        try:
-            temporary.write_text(self.text(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(folder / WISH_NAME, self.text())
 
     def text(self) -> str:
         """The file's text: the same for equal wishes."""

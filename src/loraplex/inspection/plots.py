@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from loraplex.inspection.spectra import Analysis, Spectrum
+from loraplex.io.files import replaced_file
 from loraplex.io.reading import printable
 from loraplex.tuner.findings import Finding, GateUse, Handovers, Matrices, OverLayers
 
@@ -35,10 +35,9 @@ def draw(analysis: Analysis, folder: Path) -> list[Path]:
     for name, figure in figures.items():
         if figure is not None:
             path = folder / f"{name}.png"
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
             FigureCanvasAgg(figure)
-            figure.savefig(temporary, format="png")
-            os.replace(temporary, path)
+            with replaced_file(path) as temporary:
+                figure.savefig(temporary, format="png")
             written.append(path)
     return written
 

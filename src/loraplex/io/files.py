@@ -1,4 +1,4 @@
-"""Writes folders whole or not at all, even if the process that writes them is killed.
+"""Writes files and folders whole or not at all, even if the process that writes them is killed.
 
 A folder is written beside its target, under a name such as `.target.1f2e3d4c.tmp`, and then takes the target's place.
 Where the system can exchange two names in one step (Linux), the old output or the new one stands at every moment.
@@ -59,6 +59,27 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], **metadata: str) -> No
 
     save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path, {"format": "pt", **metadata})
     path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`. The file that the block writes there takes the place of `path` at its end.
+
+    Readers see the old file or the new one, never half of one. If the block fails, the old file stays.
+    """
+    temporary = _beside(path, "tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from loraplex.study.cells import Folder
+from loraplex.study.trials import Folder
 
 LOWER_IS_BETTER = {"loss"}
 

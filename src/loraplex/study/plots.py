@@ -113,7 +113,7 @@ def cumulative_spectra(result: TaskResult) -> str | None:
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(result.settings):
-        curves = [inside.cumulative for inside in result.insides.get(method, []) if inside.cumulative]
+        curves = [inside.cumulative for inside in result.updates.get(method, []) if inside.cumulative]
         if curves:
             length = min(map(len, curves))
             means = [fmean(curve[k] for curve in curves) for k in range(length)]

@@ -11,17 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from loraplex.io.files import write_text
 from loraplex.io.reading import printable
 from loraplex.recipes.console import size_text
-from loraplex.recipes.training.metrics import write_atomic
 from loraplex.recipes.training.result import versions
 from loraplex.study import plots
 from loraplex.study.choice import LOWER_IS_BETTER
 from loraplex.study.config import BASE, StudyConfig, to_yaml
-from loraplex.study.inside import TOP
 from loraplex.study.results import ALL, Line, TaskResult, collect
 from loraplex.study.run import State
 from loraplex.study.statistics import spread
+from loraplex.study.update_summary import TOP
 
 JSON_NAME, CSV_NAME, MARKDOWN_NAME, HTML_NAME = "results.json", "results.csv", "report.md", "report.html"
 
@@ -30,13 +30,13 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def write_report(state: State) -> list[TaskResult]:
-    """Write all four files into the study's folder, from the cells that have run."""
+    """Write all four files into the study's folder, from the trials that have run."""
     results, folder, made = collect(state), Path(state.study.output_dir), versions()
     plain = {"study": state.study.model_dump(mode="json"), "versions": made, "tasks": [r.to_dict() for r in results]}
-    write_atomic(folder / JSON_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(folder / CSV_NAME, _csv(results))
-    write_atomic(folder / MARKDOWN_NAME, markdown(state.study, results))
-    write_atomic(folder / HTML_NAME, page(state.study, results, made))
+    write_text(folder / JSON_NAME, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / CSV_NAME, _csv(results))
+    write_text(folder / MARKDOWN_NAME, markdown(state.study, results))
+    write_text(folder / HTML_NAME, page(state.study, results, made))
     return results
 
 
@@ -106,7 +106,7 @@ def cost_table(result: TaskResult) -> Table:
     return head, rows
 
 
-def inside_table(result: TaskResult) -> Table | None:
+def update_table(result: TaskResult) -> Table | None:
     """What the updates look like, mean ± standard deviation over seeds; None where nothing is known."""
     columns: dict[str, tuple[str, str]] = {
         "effective_rank": ("effective rank", "{:.1f}"),
@@ -114,14 +114,14 @@ def inside_table(result: TaskResult) -> Table | None:
         "top": (f"of the first {TOP}, %", "%"),
         "norm": ("‖ΔW‖", "{:.3g}"),
     }
-    insides = result.insides
-    known = [name for name in columns if any(getattr(i, name) is not None for seeds in insides.values() for i in seeds)]
-    measures = list(dict.fromkeys(name for seeds in insides.values() for i in seeds for name in i.measures))
+    updates = result.updates
+    known = [name for name in columns if any(getattr(i, name) is not None for seeds in updates.values() for i in seeds)]
+    measures = list(dict.fromkeys(name for seeds in updates.values() for i in seeds for name in i.measures))
     if not known:
         return None
     head = ["method", *(columns[name][0] for name in known), *measures]
     rows = []
-    for method, seeds in insides.items():
+    for method, seeds in updates.items():
         cells = [_spread([getattr(i, name) for i in seeds], columns[name][1]) for name in known]
         cells += [_spread([i.measures.get(m) for i in seeds], "%" if m.endswith("%") else "{:.3f}") for m in measures]
         if any(cells):
@@ -129,10 +129,10 @@ def inside_table(result: TaskResult) -> Table | None:
     return head, rows
 
 
-def inside_notes(result: TaskResult) -> list[str]:
-    """What the table of `inside_table` leaves out, by method."""
+def update_notes(result: TaskResult) -> list[str]:
+    """What the table of `update_table` leaves out, by method."""
     notes = {
-        method: sorted({note for inside in seeds for note in inside.notes}) for method, seeds in result.insides.items()
+        method: sorted({note for inside in seeds for note in inside.notes}) for method, seeds in result.updates.items()
     }
     return [f"{method}: {note}" for method, found in notes.items() for note in found]
 
@@ -226,11 +226,11 @@ def markdown(study: StudyConfig, results: Sequence[TaskResult]) -> str:
             data = groups(result)[0]
             parts += [f"### {_beside(result, metric)}", _markdown(score_table(result, data, study.reference, metric))]
         parts += ["### Cost", _markdown(cost_table(result))]
-        if (inside := inside_table(result)) is not None:
+        if (inside := update_table(result)) is not None:
             parts += ["### What the updates look like", _markdown(inside)]
-            parts += [f"- {_plain(note)}" for note in inside_notes(result)]
-        parts += [f"- failed: {cell}: {_plain(first_line(message))}" for cell, message in result.failures]
-        parts += [f"- not run yet: {cell}" for cell in result.missing]
+            parts += [f"- {_plain(note)}" for note in update_notes(result)]
+        parts += [f"- failed: {trial}: {_plain(first_line(message))}" for trial, message in result.failures]
+        parts += [f"- not run yet: {trial}" for trial in result.missing]
     text = "\n\n".join(part for part in parts if part)
     return text.replace("\n\n- ", "\n- ") + "\n"
 
@@ -306,8 +306,8 @@ def page(study: StudyConfig, results: Sequence[TaskResult], made: dict[str, Any]
             table = score_table(result, groups(result)[0], study.reference, metric)
             parts += [f"<h3>{escape(_beside(result, metric))}</h3>", _table(table)]
         parts += ["<h3>Cost</h3>", _table(cost_table(result))]
-        if (inside := inside_table(result)) is not None:
-            notes = "".join(f"<li>{escape(note)}</li>" for note in inside_notes(result))
+        if (inside := update_table(result)) is not None:
+            notes = "".join(f"<li>{escape(note)}</li>" for note in update_notes(result))
             parts += ["<h3>What the updates look like</h3>", _table(inside), f"<ul>{notes}</ul>" if notes else ""]
         figures = {
             f"Difference to {study.reference}: the interval is filled where it leaves zero out.": plots.differences(
@@ -326,8 +326,8 @@ def page(study: StudyConfig, results: Sequence[TaskResult], made: dict[str, Any]
             if svg is not None:
                 parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
         if result.failures or result.missing:
-            named = [f"failed: {cell}: {message}" for cell, message in result.failures]
-            named += [f"not run yet: {cell}" for cell in result.missing]
+            named = [f"failed: {trial}: {message}" for trial, message in result.failures]
+            named += [f"not run yet: {trial}" for trial in result.missing]
             parts.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in named) + "</ul>")
     parts += ["<h2>How to read it</h2>", *(f"<p>{escape(text)}</p>" for text in _EXPLAINED)]
     parts += ["<h2>The study</h2>", f"<pre>{escape(to_yaml(study))}</pre>"]

@@ -1,4 +1,4 @@
-"""What a study found, as plain values: per cell, per method, and differences to the reference."""
+"""What a study found, as plain values: per trial, per method, and differences to the reference."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from safetensors.torch import load_file
 
 from loraplex.recipes.evaluation import Scores
-from loraplex.study.cells import SCORES_NAME, Cell
 from loraplex.study.choice import LOWER_IS_BETTER, Choice, deciding_metric
 from loraplex.study.config import BASE, METRICS
-from loraplex.study.inside import Inside, look_inside
 from loraplex.study.run import State
 from loraplex.study.statistics import Difference, compare, spread, value
+from loraplex.study.trials import SCORES_NAME, Trial
+from loraplex.study.update_summary import UpdateSummary, summarize_updates
 
 ALL = "mean"
 """Stands for the mean over a mixture's data sets."""
@@ -72,14 +72,14 @@ class TaskResult:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     curves: dict[str, list[list[tuple[int, float]]]] = field(default_factory=dict)
     """Method → (step, training loss) of each seed."""
-    insides: dict[str, list[Inside]] = field(default_factory=dict)
+    updates: dict[str, list[UpdateSummary]] = field(default_factory=dict)
     """Method → what each seed's updates look like."""
     others: list[str] = field(default_factory=list)
     """Further metrics that `lines` has."""
     failures: list[tuple[str, str]] = field(default_factory=list)
-    """(cell, message)."""
+    """(trial, message)."""
     missing: list[str] = field(default_factory=list)
-    """Cells that have not run yet."""
+    """Trials that have not run yet."""
 
     def line(self, method: str, data: str) -> Line | None:
         """The line of a method on a data set, or on `ALL`, in the deciding metric."""
@@ -96,11 +96,12 @@ class TaskResult:
             line["verdict"] = source.verdict
         for choice in plain["choices"].values():
             choice["tried"] = {f"{rate:g}": value for rate, value in choice["tried"].items()}
-        return plain
+        # Results that are saved already have this key.
+        return {"insides" if key == "updates" else key: value for key, value in plain.items()}
 
 
 def collect(state: State) -> list[TaskResult]:
-    """What the cells that have run say; unfinished and failed ones are named."""
+    """What the trials that have run say; unfinished and failed ones are named."""
     return [_collect(state, task) for task in state.study.tasks]
 
 
@@ -115,22 +116,22 @@ def _collect(state: State, task: str) -> TaskResult:
         else:
             result.choices[method] = state.choices[task, method]
         result.settings[method] = state.sizes[task][method].adapter
-    for cell in state.chosen:
-        if cell.task != task:
+    for trial in state.chosen:
+        if trial.task != task:
             continue
-        folder = state.folder(cell)
+        folder = state.folder(trial)
         if folder.test is None:
             if folder.failure is not None:
-                result.failures.append((str(cell), folder.failure["message"]))
+                result.failures.append((str(trial), folder.failure["message"]))
             else:
-                result.missing.append(str(cell))
+                result.missing.append(str(trial))
             continue
         evaluated = folder.test["tasks"]
-        scores.setdefault(cell.method, {})[cell.seed] = _by_data(load_file(folder.path / SCORES_NAME))
-        if not cell.is_base:
-            result.curves.setdefault(cell.method, []).append(folder.losses())
+        scores.setdefault(trial.method, {})[trial.seed] = _by_data(load_file(folder.path / SCORES_NAME))
+        if not trial.is_base:
+            result.curves.setdefault(trial.method, []).append(folder.losses())
             if folder.analysis is not None:
-                result.insides.setdefault(cell.method, []).append(look_inside(folder.analysis))
+                result.updates.setdefault(trial.method, []).append(summarize_updates(folder.analysis))
     result.metric, result.data = deciding_metric(evaluated, study.metric), list(evaluated)
     known = [name for name in METRICS if evaluated and all(name in row for row in evaluated.values())]
     result.others = [name for name in known if name != result.metric]
@@ -175,9 +176,9 @@ def _lines(
 
 def _cost(state: State, task: str, method: str, seeds: Sequence[int]) -> Cost:
     if method == BASE:
-        return Cost(**_perplexity([state.folder(Cell(task)).test]))
+        return Cost(**_perplexity([state.folder(Trial(task)).test]))
     sized, rate = state.sizes[task][method], state.choices[task, method].rate
-    folders = [state.folder(Cell(task, method, rate, seed)) for seed in seeds]
+    folders = [state.folder(Trial(task, method, rate, seed)) for seed in seeds]
     rows = [folder.outcome.trained for folder in folders if folder.outcome is not None]
     steps = [row["step_seconds"] for row in rows if row.get("step_seconds")]
     sizes = [file.stat().st_size for folder in folders if (file := folder.path / "adapter_model.safetensors").is_file()]

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from loraplex.recipes.console import PlainConsole, make_console
-from loraplex.study.cells import searched
 from loraplex.study.config import StudyConfig
 from loraplex.study.report import Table as Cells
-from loraplex.study.report import cost_table, first_line, groups, inside_table, score_table, verdicts
+from loraplex.study.report import cost_table, first_line, groups, score_table, update_table, verdicts
 from loraplex.study.results import ALL, TaskResult
 from loraplex.study.run import State
+from loraplex.study.trials import searched
 
 
 def print_plan(state: State) -> None:
-    """Methods with their settings, and how many cells there are; to stderr, as all that is not a result."""
+    """Methods with their settings, and how many trials there are; to stderr, as all that is not a result."""
     study, console = state.study, PlainConsole(stderr=True, width=None if sys.stderr.isatty() else 160)
     for task, sizes in state.sizes.items():
         head, rows = ["method", "settings", "trainable", "off budget"], []
@@ -29,11 +29,11 @@ def print_plan(state: State) -> None:
         console.print(_table(f"{study.title}: {task}", (head, rows)))
     search = list(searched(study))
     final = len(study.tasks) * len(study.methods) * len(study.seeds)
-    again = sum(cell.seed in study.seeds for cell in search)
+    again = sum(trial.seed in study.seeds for trial in search)
     reused = again // len(study.learning_rates) if search else 0
     console.print(
         f"{len(search)} runs to choose learning rates, {final - reused} more to compare, in {study.output_dir}; "
-        f"{sum(state.folder(cell).outcome is not None for cell in state.possible)} are done."
+        f"{sum(state.folder(trial).outcome is not None for trial in state.possible)} are done."
     )
 
 
@@ -49,14 +49,14 @@ def print_results(study: StudyConfig, results: Sequence[TaskResult]) -> None:
             console.print(_table(title, score_table(result, groups(result)[0], study.reference, metric)))
         if result.costs:
             console.print(_table(f"{result.task}: cost", cost_table(result)))
-        if (inside := inside_table(result)) is not None:
+        if (inside := update_table(result)) is not None:
             console.print(_table(f"{result.task}: what the updates look like", inside))
         for said in verdicts(result, study.reference):
             console.print(said)
-        for cell, message in result.failures:
-            console.print(f"failed: {cell}: {first_line(message)}")
+        for trial, message in result.failures:
+            console.print(f"failed: {trial}: {first_line(message)}")
         if result.missing:
-            console.print(f"{len(result.missing)} cells have not run yet; the report names them.")
+            console.print(f"{len(result.missing)} trials have not run yet; the report names them.")
 
 
 def _table(title: str, cells: Cells) -> Table:

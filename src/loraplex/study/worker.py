@@ -1,6 +1,6 @@
-"""One cell, in a process of its own: trains it if that is left to do, then tests it if it was asked to.
+"""One trial, in a process of its own: trains it if that is left to do, then tests it if it was asked to.
 
-job.json in its folder says what to do. A process of its own, so that a cell's peak memory is its own, and a crash too.
+job.json in its folder says what to do. A process of its own, so that a trial's peak memory is its own, and a crash too.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loraplex.inspection.spectra import Analysis
+from loraplex.io.files import replaced_file, write_tensors, write_text
 from loraplex.io.reading import read_json
-from loraplex.recipes.adapters.looking import analyse_adapter, is_known
+from loraplex.recipes.adapters.analysis import analyse_adapter, is_known
 from loraplex.recipes.adapters.saved import SavedAdapter
 from loraplex.recipes.config.run_config import build_run
 from loraplex.recipes.console import quiet
 from loraplex.recipes.data.encode import Answer
-from loraplex.recipes.data.examples import cell as cell_of
-from loraplex.recipes.data.rows import read_rows as read_data
+from loraplex.recipes.data.examples import value_of
+from loraplex.recipes.data.rows import read_table
 from loraplex.recipes.evaluation import log_likelihoods
 from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.training.checkpoints import checkpoints
 from loraplex.recipes.training.memory import explain, is_out_of_memory
-from loraplex.recipes.training.metrics import METRICS_NAME, read_rows, write_atomic
+from loraplex.recipes.training.metrics import METRICS_NAME, read_metrics
 from loraplex.recipes.training.nonfinite import NonFiniteError
 from loraplex.recipes.training.run import train
-from loraplex.study.cells import ANALYSIS_NAME, FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
 from loraplex.study.config import GeneralText
+from loraplex.study.trials import ANALYSIS_NAME, FAILED_NAME, JOB_NAME, LOG_NAME, SCORES_NAME, TEST_NAME
 
 
 def work(folder: Path, environment: dict[str, str], threads: int) -> None:
-    """What a cell's process does: `main`, with its output in a file. Nothing of CUDA is alive before."""
+    """What a trial's process does: `main`, with its output in a file. Nothing of CUDA is alive before."""
     if hasattr(os, "setsid"):
         os.setsid()  # the terminal's Ctrl-C goes to the study alone, which passes it on once
     os.environ.update(environment)
@@ -54,7 +54,7 @@ def work(folder: Path, environment: dict[str, str], threads: int) -> None:
 
 
 def main(folder: Path) -> int:
-    """Do what the folder's job says; returns the exit code: 0, 1 where the cell failed, 128 + signal."""
+    """Do what the folder's job says; returns the exit code: 0, 1 where the trial failed, 128 + signal."""
     job = read_json(folder / JOB_NAME, dict)
     run = PreparedRun(build_run(job["run"], str(folder / JOB_NAME)), resume=bool(checkpoints(folder)))
     _end_with_parent()
@@ -70,7 +70,7 @@ def main(folder: Path) -> int:
         if job["test"] and not (folder / TEST_NAME).is_file():
             _test(folder, run, job["base"], job["general_text"])
         if job["test"] and not job["base"] and not (folder / ANALYSIS_NAME).is_file():
-            write_atomic(folder / ANALYSIS_NAME, json.dumps(_analysis(SavedAdapter(folder, run))) + "\n")
+            write_text(folder / ANALYSIS_NAME, json.dumps(_analysis(SavedAdapter(folder, run))) + "\n")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -80,7 +80,7 @@ def main(folder: Path) -> int:
 
 
 def _trained(folder: Path) -> bool:
-    rows = read_rows(folder / METRICS_NAME)
+    rows = read_metrics(folder / METRICS_NAME)
     return bool(rows) and rows[-1]["event"] == "end"
 
 
@@ -89,7 +89,7 @@ def _write_failure(folder: Path, run: PreparedRun, error: Exception) -> None:
     message = explain(run, error) if is_out_of_memory(error) else str(error) if known else repr(error)
     # A run that diverged diverges again; anything else may be tried again.
     failure = {"message": message, "final": isinstance(error, NonFiniteError)}
-    write_atomic(folder / FAILED_NAME, json.dumps(failure, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / FAILED_NAME, json.dumps(failure, indent=2, ensure_ascii=False) + "\n")
     if not known:
         raise error
 
@@ -122,10 +122,9 @@ def _test(folder: Path, run: PreparedRun, base: bool, general_text: dict[str, An
         report["general_text"] = _loss_on_text(
             spec, model, run.tokenizer, run.config.train.max_length, evaluator.batch_size
         )
-    temporary = folder / f".{SCORES_NAME}.{os.getpid()}.tmp"
-    save_file(tensors, temporary)
-    os.replace(temporary, folder / SCORES_NAME)
-    write_atomic(folder / TEST_NAME, json.dumps(report, indent=2) + "\n")
+    with replaced_file(folder / SCORES_NAME) as temporary:
+        write_tensors(temporary, tensors)
+    write_text(folder / TEST_NAME, json.dumps(report, indent=2) + "\n")
 
 
 def _analysis(adapter: SavedAdapter) -> dict[str, Any]:
@@ -143,9 +142,9 @@ def _analysis(adapter: SavedAdapter) -> dict[str, Any]:
 @torch.no_grad()
 def _loss_on_text(spec: GeneralText, model: nn.Module, tokenizer: Any, max_length: int, batch_size: int) -> float:
     """Mean −log p per token, in nats."""
-    rows = read_data(spec.path, spec.split, spec.subset)
+    rows = read_table(spec.path, spec.split, spec.subset)
     chosen = random.Random(0).sample(range(len(rows)), min(spec.size, len(rows)))
-    texts = [str(cell_of(rows[i], spec.column, f"{spec.path}, row {i + 1}")) for i in chosen]
+    texts = [str(value_of(rows[i], spec.column, f"{spec.path}, row {i + 1}")) for i in chosen]
     ids = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"]
     answers = [[Answer(tokens, 1)] for tokens in ids if len(tokens) > 1]
     found = log_likelihoods(model, answers, tokenizer.pad_token_id, batch_size, "general text")

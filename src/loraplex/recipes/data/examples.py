@@ -41,7 +41,7 @@ def writer(spec: DataSpec, rows: Rows, chat: bool) -> Convert:
             "train.chat, use a chat model, or prompt and response templates"
         )
     column = spec.messages
-    return lambda row, where: _conversation(cell(row, column, where), where)
+    return lambda row, where: _conversation(value_of(row, column, where), where)
 
 
 def classifier(spec: DataSpec, labels: Mapping[str, str]) -> Convert:
@@ -67,7 +67,7 @@ def label_map(spec: DataSpec, *parts: Rows) -> dict[str, str]:
     if names is None:
         where = f"{spec.path}, row {{}}"
         found = {
-            str(cell(row, spec.label_column, where.format(index)))
+            str(value_of(row, spec.label_column, where.format(index)))
             for rows in parts
             for index, row in enumerate(rows, start=1)
         }
@@ -79,7 +79,7 @@ def label_map(spec: DataSpec, *parts: Rows) -> dict[str, str]:
     return names
 
 
-def cell(row: Row, column: str, where: str) -> Any:
+def value_of(row: Row, column: str, where: str) -> Any:
     """A row's value in `column`; ValueError if the row has no such column, or None or NaN in it."""
     if column not in row:
         raise ValueError(f"{where} has no column {column!r}: its columns are {_some(row)}")
@@ -119,14 +119,14 @@ def _number_first(value: str) -> tuple[bool, float, str]:
 
 
 def _translate(row: Row, column: str, labels: Mapping[str, str], where: str) -> str:
-    value = str(cell(row, column, where))
+    value = str(value_of(row, column, where))
     if value not in labels:
         raise ValueError(f"{where}: {column} {shown(value)} is not in labels, which has {_some(labels)}: add it")
     return labels[value]
 
 
 def _text(row: Row, column: str, where: str) -> str:
-    value = cell(row, column, where)
+    value = value_of(row, column, where)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: column {column!r} is {shown(value)}, not a text: fill it in, or remove the row")
     return value
@@ -153,7 +153,7 @@ def _answered(spec: DataSpec, labels: Mapping[str, str] | None, row: Row, where:
 
 
 def _render(spec: DataSpec, template: str, labels: Mapping[str, str] | None, row: Row, where: str) -> str:
-    values = {column: cell(row, column, where) for column in template_columns(template)}
+    values = {column: value_of(row, column, where) for column in template_columns(template)}
     if labels is not None and spec.label_column in values:
         values[spec.label_column] = _translate(row, spec.label_column, labels, where)
     try:
@@ -164,7 +164,7 @@ def _render(spec: DataSpec, template: str, labels: Mapping[str, str] | None, row
 
 def _choices(spec: DataSpec, labels: Mapping[str, str] | None, row: Row, where: str) -> list[str] | None:
     if isinstance(spec.choices, str):
-        found = cell(row, spec.choices, where)
+        found = value_of(row, spec.choices, where)
         if not isinstance(found, list) or len(found) < 2:
             raise ValueError(
                 f"{where}: choices column {spec.choices!r} is {shown(found)}: it must list two answers or more"

@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_rows(path: str, split: str = "train", subset: str | None = None) -> Rows:
+def read_table(path: str, split: str = "train", subset: str | None = None) -> Rows:
     """Read one split of the data set at `path`: a file, a folder, a hub id or `package:NAME`.
 
     Raises FileNotFoundError for a missing file, ModuleNotFoundError for a missing package, ValueError for

@@ -19,7 +19,7 @@ from datasets import Dataset, concatenate_datasets
 
 from loraplex.recipes.config.data_spec import DataSpec, Kind, with_defaults
 from loraplex.recipes.data.examples import Convert, Example, classifier, label_map, writer
-from loraplex.recipes.data.rows import Rows, read_rows
+from loraplex.recipes.data.rows import Rows, read_table
 
 __all__ = ["DataSpec", "Task", "build_mixture", "holds_out", "load_task"]
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def load_task(spec: DataSpec, seed: int, kind: Kind = "sft", chat: bool = False)
     fault and the remedy.
     """
     spec = with_defaults(spec)
-    rows = read_rows(spec.path, spec.split, spec.subset)
+    rows = read_table(spec.path, spec.split, spec.subset)
     test, evaluation, train_order = _hold_out(spec, seed if spec.split_seed is None else spec.split_seed, rows)
     if kind == "sft":
         label_names: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ def _hold_out(spec: DataSpec, seed: int, rows: Rows) -> tuple[_Part, _Part, list
                 f"{part}_split"
             )
         places.append(place)
-        others = read_rows(*place, spec.subset if place[0] == spec.path else None)
+        others = read_table(*place, spec.subset if place[0] == spec.path else None)
         if (size or 0) > len(others):
             raise ValueError(f"{part}_size {size} is more than the {len(others)} rows of {place[0]!r}: lower it")
         held_out.append(_Part(place[0], others, _permutation(len(others), seed)[:size]))

@@ -48,7 +48,7 @@ def last_complete(output_dir: Path) -> tuple[Path, list[str]]:
     """
     faults: list[str] = []
     for checkpoint in checkpoints(output_dir):
-        fault = fault_of(checkpoint)
+        fault = verify(checkpoint)
         if fault is None:
             return checkpoint, faults
         faults.append(f"{checkpoint.name}: {fault}")
@@ -60,14 +60,14 @@ def last_complete(output_dir: Path) -> tuple[Path, list[str]]:
     raise ConfigError(f"{output_dir} holds no checkpoint to resume from: start the run without --resume.")
 
 
-def seal(checkpoint: Path) -> None:
+def write_manifest(checkpoint: Path) -> None:
     """List the checkpoint's files with their sizes and digests; what is not as listed is not whole."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     listed = {str(PurePosixPath(file.relative_to(checkpoint))): _signature(file) for file in files}
     (checkpoint / FILES_NAME).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
 
 
-def fault_of(checkpoint: Path) -> str | None:
+def verify(checkpoint: Path) -> str | None:
     """What makes a checkpoint unusable, or None: a file that is missing, cut off or damaged."""
     try:
         listed = read_json(checkpoint / FILES_NAME, dict)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from loraplex.io.field_types import shown
+from loraplex.io.files import replaced_file, write_text
 from loraplex.io.reading import parse_json
 
 METRICS_NAME = "metrics.jsonl"
@@ -18,14 +18,7 @@ PLOT_NAME = "loss.png"
 Row = dict[str, Any]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it: readers see the old text or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_rows(path: Path) -> list[Row]:
+def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics file; a last line that was cut off by a kill is left out."""
     if not path.is_file():
         return []
@@ -60,10 +53,10 @@ class MetricsLog:
 
     def start(self, resumed_step: int | None) -> None:
         """Begin a new file, or keep the rows up to the step that training resumes from."""
-        kept = [] if resumed_step is None else read_rows(self.path)
+        kept = [] if resumed_step is None else read_metrics(self.path)
         self.rows = [row for row in kept if row["event"] != "end" and row["step"] <= (resumed_step or 0)]
         self._known = {_key(row) for row in self.rows}
-        write_atomic(self.path, "".join(_line(row) for row in self.rows))
+        write_text(self.path, "".join(_line(row) for row in self.rows))
 
     def add(self, event: str, step: int, values: Row) -> None:
         """Append one row, unless the same event of the same step is there already."""
@@ -130,17 +123,12 @@ def _plot_losses(rows: Iterable[Row], path: Path, title: str) -> None:
     axes.grid(color="0.9", linewidth=0.6)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize="small")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with replaced_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def smooth(values: Iterable[float], window: float) -> list[float]:
     """Exponential running mean over about `window` values, corrected for its start."""
-    weight = 1 - 1 / window
-    mean, total, smoothed = 0.0, 0.0, []
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        total = weight * total + (1 - weight)
-        smoothed.append(mean / total)
-    return smoothed
+    import pandas as pd  # only what draws waits for its import
+
+    return list(pd.Series(list(values), dtype=float).ewm(alpha=1 / window).mean())

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraplex.recipes.config.run_config import ConfigError
-from loraplex.recipes.training.checkpoints import RUN_NAME, checkpoints, fault_of
-from loraplex.recipes.training.trace import Finding, Trace, kind_of, readable
+from loraplex.recipes.training.checkpoints import RUN_NAME, checkpoints, verify
+from loraplex.recipes.training.nonfinite_search import Finding, Trace, kind_of, readable
 from loraplex.runtime.parallel import is_sharded, to_local
 
 MAX_SKIPPED = 10
@@ -214,7 +214,7 @@ class NonFiniteGuard(TrainerCallback):
     def _way_on(self, finding: Finding) -> str:
         folder = Path(self.trainer.args.output_dir)
         lower = f"--train.learning_rate {self.trainer.args.learning_rate / 2:g}"
-        good = next((c for c in checkpoints(folder) if fault_of(c) is None), None)
+        good = next((c for c in checkpoints(folder) if verify(c) is None), None)
         if good is None:
             text = f"No checkpoint was written yet: start again, with another setting such as {lower}"
         else:

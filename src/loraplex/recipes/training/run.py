@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from loraplex import ScheduleCallback
 from loraplex.io.field_types import expected, fits, shown
+from loraplex.io.files import replaced_file, write_text
 from loraplex.io.reading import read_json
 from loraplex.recipes.config.arguments import checkpoint_without_reentry
 from loraplex.recipes.config.run_config import ConfigError, to_yaml
@@ -41,7 +42,7 @@ from loraplex.recipes.training.checkpoints import (
 )
 from loraplex.recipes.training.lock import locked
 from loraplex.recipes.training.memory import located
-from loraplex.recipes.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses, write_atomic
+from loraplex.recipes.training.metrics import METRICS_NAME, PLOT_NAME, MetricsLog, plot_losses
 from loraplex.recipes.training.nonfinite import NonFiniteGuard
 from loraplex.recipes.training.result import VERSIONS_NAME, Result, peak_memory, versions
 from loraplex.recipes.training.trainers import AnswerTrainer, ClassifierTrainer
@@ -104,16 +105,16 @@ def _train(run: PreparedRun, checkpoint: Path | None) -> Result:
     stop = _attach(trainer, config.train.on_nonfinite, evaluators, log, checkpoint)
     if trainer.is_world_process_zero():
         log.start(None if checkpoint is None else step_of(checkpoint))
-        write_atomic(output_dir / RUN_NAME, to_yaml(config))
-        write_atomic(output_dir / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
+        write_text(output_dir / RUN_NAME, to_yaml(config))
+        write_text(output_dir / VERSIONS_NAME, json.dumps(versions(), indent=2) + "\n")
         if run.class_names is not None:
-            write_atomic(output_dir / LABELS_NAME, json.dumps(run.class_names) + "\n")
+            write_text(output_dir / LABELS_NAME, json.dumps(run.class_names) + "\n")
     with located(trainer):
         result = _run(trainer, stop, log, checkpoint, output_dir)
     if trainer.is_world_process_zero():
         plot_losses(log.rows, output_dir / PLOT_NAME, f"{config.method} on {Path(config.model).name}")
         if result.signal is None:
-            write_atomic(output_dir / "README.md", model_card(config, result))
+            write_text(output_dir / "README.md", model_card(config, result))
     return result
 
 
@@ -214,11 +215,11 @@ def _save(trainer: Any, output_dir: Path) -> None:
 def _move_files(folder: Path, output_dir: Path, copy: bool = False) -> None:
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name.startswith(_ADAPTER_FILES):
-            source = file
             if copy:
-                source = output_dir / f".{file.name}.{os.getpid()}.tmp"
-                shutil.copyfile(file, source)
-            os.replace(source, output_dir / file.name)
+                with replaced_file(output_dir / file.name) as temporary:
+                    shutil.copyfile(file, temporary)
+            else:
+                os.replace(file, output_dir / file.name)
 
 
 def _write_end(log: MetricsLog, result: Result) -> None:

@@ -20,7 +20,7 @@ from loraplex.io.reading import message_of, read_json
 from loraplex.recipes.config.run_config import ConfigError
 from loraplex.recipes.evaluation import Evaluator
 from loraplex.recipes.training.callbacks import MetricsCallback
-from loraplex.recipes.training.checkpoints import SAVING, outdated, seal
+from loraplex.recipes.training.checkpoints import SAVING, outdated, write_manifest
 from loraplex.recipes.training.metrics import MetricsLog
 from loraplex.recipes.training.nonfinite import NonFiniteGuard
 from loraplex.recipes.training.optimizer_state import check_optimizer, settings_of
@@ -104,7 +104,7 @@ class _TaskEvaluation(_Base):
                 self.state.save_to_json(str(saving / name / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(saving / name)
+            write_manifest(saving / name)
             put_in_place(saving / name, run_dir / name)
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             for old in outdated(run_dir, self.state.global_step, limit, best):

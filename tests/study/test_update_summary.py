@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from loraplex.inspection.spectra import Analysis, analyse_lora
-from loraplex.study.inside import look_inside
+from loraplex.study.update_summary import summarize_updates
 from loraplex.tuner.findings import Fact, GateUse, Handover, Handovers, Matrices, OverLayers, Panel
 
 EMPTY = Analysis("X").to_dict()
@@ -26,14 +26,14 @@ def test_spectra():
     spectra = [spectrum([3.0, 1.0], 1.75), spectrum([4.0, 4.0, 2.0], 2.9, "a note")]
     zeros = [spectrum([], 0.0), spectrum([0.0, 0.0, 0.0], 0.0, "no note")]
     for more in ([], zeros[:1], zeros[1:], zeros):
-        inside = look_inside(EMPTY | {"spectra": spectra + more})
+        inside = summarize_updates(EMPTY | {"spectra": spectra + more})
         assert inside.effective_rank == pytest.approx((1.75 + 2.9) / 2)
         assert inside.first == pytest.approx((0.75 + 0.4) / 2)
         assert inside.top == pytest.approx(1)
         assert inside.cumulative == pytest.approx([(0.75 + 0.4) / 2, (1 + 0.8) / 2, 1])
         assert inside.norm == pytest.approx((math.sqrt(10) + 6) / (2 + len(more)))
         assert inside.notes == ["a note"]
-    nothing = look_inside(EMPTY | {"spectra": zeros, "error": "not analysed: why"})
+    nothing = summarize_updates(EMPTY | {"spectra": zeros, "error": "not analysed: why"})
     assert (nothing.effective_rank, nothing.cumulative, nothing.norm) == (None, [], 0)
     assert nothing.notes == ["not analysed: why"]
 
@@ -55,7 +55,7 @@ def test_what_methods_have_of_their_own():
         Fact("warmup", "warm-up", "1 of 2 steps", [1, 2]),
     ]
     analysis = Analysis("X", findings=findings).to_dict()
-    assert look_inside(analysis).measures == pytest.approx(
+    assert summarize_updates(analysis).measures == pytest.approx(
         {
             "closed, %": 0.6,
             "similarity": 0.4,
@@ -75,7 +75,7 @@ def test_what_methods_have_of_their_own():
 def test_an_analysis_of_an_earlier_version_has_no_measures():
     """Its spectra count all the same."""
     old = {key: value for key, value in EMPTY.items() if key != "measures"} | {"closed": {"q": 0.5}, "use": {}}
-    assert look_inside(old | {"spectra": [spectrum([3.0, 1.0], 1.75)]}).first == 0.75
+    assert summarize_updates(old | {"spectra": [spectrum([3.0, 1.0], 1.75)]}).first == 0.75
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])

@@ -1,4 +1,4 @@
-"""What the updates of a study's adapters look like: numbers per method, from the analysis of each cell."""
+"""What the updates of a study's adapters look like: numbers per method, from the analysis of each trial."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POINTS = 64
 
 
 @dataclass(frozen=True)
-class Inside:
+class UpdateSummary:
     """One adapter: means over its modules; None where there is nothing to average."""
 
     effective_rank: float | None = None
@@ -32,10 +32,10 @@ class Inside:
     """What the spectra leave out, and why there are none."""
 
 
-def look_inside(analysis: dict[str, Any]) -> Inside:
-    """The means of one cell's analysis.json; modules whose ΔW is zero count in the norm alone."""
+def summarize_updates(analysis: dict[str, Any]) -> UpdateSummary:
+    """The means of one trial's analysis.json; modules whose ΔW is zero count in the norm alone."""
     spectra = [spectrum for spectrum in analysis["spectra"] if spectrum["norm"]]
-    return Inside(
+    return UpdateSummary(
         effective_rank=_mean(spectrum["effective_rank"] for spectrum in spectra),
         first=_mean(_share(spectrum["values"], 1) for spectrum in spectra),
         top=_mean(_share(spectrum["values"], TOP) for spectrum in spectra),

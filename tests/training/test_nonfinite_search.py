@@ -7,7 +7,7 @@ import torch
 from faults import InfBackward
 from torch import nn
 
-from loraplex.recipes.training.trace import Trace, readable
+from loraplex.recipes.training.nonfinite_search import Trace, readable
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The cells of a study: one training run each, in a folder of its own, done when its folder says so."""
+"""The trials of a study: one training run each, in a folder of its own, done when its folder says so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from loraplex.io.reading import read_json
 from loraplex.recipes.config.run_config import RunConfig, build_run, read_yaml
 from loraplex.recipes.training.checkpoints import RUN_NAME
-from loraplex.recipes.training.metrics import METRICS_NAME, read_rows
+from loraplex.recipes.training.metrics import METRICS_NAME, read_metrics
 from loraplex.study.config import BASE, StudyConfig
 from loraplex.study.sizes import Sized
 
@@ -23,7 +23,7 @@ LOG_NAME = "output.log"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """A method trained on a task at a learning rate with a seed; or the base model on a task, which is only tested."""
 
     task: str
@@ -49,24 +49,24 @@ class Cell:
         return f"{self.task}: {self.method}, learning rate {self.rate:g}, seed {self.seed}"
 
 
-def searched(study: StudyConfig) -> Iterator[Cell]:
-    """The cells among which learning rates are chosen; none where there is nothing to choose."""
+def searched(study: StudyConfig) -> Iterator[Trial]:
+    """The trials among which learning rates are chosen; none where there is nothing to choose."""
     for task in study.tasks:
         for method in study.methods:
             rates = study.rates(method)
             if len(rates) > 1:
                 for rate in rates:
                     for seed in study.searched:
-                        yield Cell(task, method, rate, seed)
+                        yield Trial(task, method, rate, seed)
 
 
-def run_of(study: StudyConfig, cell: Cell, sized: Sized | None) -> RunConfig:
-    """What `loraplex train` would be given for a cell.
+def run_config(study: StudyConfig, trial: Trial, sized: Sized | None) -> RunConfig:
+    """What `loraplex train` would be given for a trial.
 
     Raises:
         ConfigError: the study's train section or data does not fit.
     """
-    task = study.tasks[cell.task]
+    task = study.tasks[trial.task]
     data = [spec.model_dump(exclude_unset=True) for spec in task.data]
     train = {"eval_steps": None, "save_total_limit": 1, **study.train, **task.train}
     tree = {
@@ -75,19 +75,19 @@ def run_of(study: StudyConfig, cell: Cell, sized: Sized | None) -> RunConfig:
         "dtype": study.dtype,
         "task": study.task,
         # The base model is only tested: method and rate are placeholders that nothing reads.
-        "method": "lora" if cell.is_base else study.methods[cell.method].method,
+        "method": "lora" if trial.is_base else study.methods[trial.method].method,
         "adapter": {} if sized is None else sized.adapter,
-        # All cells hold the same rows out, or their scores could not be compared example by example.
+        # All trials hold the same rows out, or their scores could not be compared example by example.
         "data": [{**spec, "split_seed": spec.get("split_seed", 0)} for spec in data],
-        "train": {**train, "eval_on_start": False, "seed": cell.seed, "learning_rate": cell.rate or 1.0},
-        "output_dir": str(Path(study.output_dir) / cell.path),
+        "train": {**train, "eval_on_start": False, "seed": trial.seed, "learning_rate": trial.rate or 1.0},
+        "output_dir": str(Path(study.output_dir) / trial.path),
     }
-    return build_run(tree, f"cell {cell.path}")
+    return build_run(tree, f"trial {trial.path}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a cell that has run."""
+    """What is known of a trial that has run."""
 
     evaluation: dict[str, dict[str, Any]]
     """Data set → metrics on its eval part, at the end of training."""
@@ -96,16 +96,16 @@ class Outcome:
 
 
 class Folder:
-    """A cell's folder: what it holds decides what is left to do."""
+    """A trial's folder: what it holds decides what is left to do."""
 
-    def __init__(self, study: StudyConfig, cell: Cell) -> None:
-        self.path = Path(study.output_dir) / cell.path
-        self.cell = cell
+    def __init__(self, study: StudyConfig, trial: Trial) -> None:
+        self.path = Path(study.output_dir) / trial.path
+        self.trial = trial
 
     @property
     def outcome(self) -> Outcome | None:
         """None until training has ended."""
-        rows = read_rows(self.path / METRICS_NAME)
+        rows = read_metrics(self.path / METRICS_NAME)
         if not rows or rows[-1]["event"] != "end":
             return None
         step = rows[-1]["step"]
@@ -134,7 +134,7 @@ class Folder:
 
     def losses(self) -> list[tuple[int, float]]:
         """(step, training loss)."""
-        rows = read_rows(self.path / METRICS_NAME)
+        rows = read_metrics(self.path / METRICS_NAME)
         return [(row["step"], row["loss"]) for row in rows if row["event"] == "train" and row["loss"] is not None]
 
     def started_as(self) -> dict[str, Any] | None:
@@ -144,4 +144,4 @@ class Folder:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        return read_json(file, dict, "delete the cell's folder; it is run again") if file.is_file() else None
+        return read_json(file, dict, "delete the trial's folder; it is run again") if file.is_file() else None
