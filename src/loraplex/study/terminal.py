@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.table import Table
 
 from loraplex.recipes.console import PlainConsole, make_console
 from loraplex.study.config import StudyConfig
-from loraplex.study.report import Table as Cells
-from loraplex.study.report import cost_table, first_line, groups, score_table, update_table, verdicts
-from loraplex.study.results import ALL, TaskResult
+from loraplex.study.results import TaskResult
 from loraplex.study.run import State
+from loraplex.study.sections import sections
+from loraplex.study.tables import Table as Content
 from loraplex.study.trials import searched
+
+_MOST_LINES = 20
 
 
 def print_plan(state: State) -> None:
@@ -38,34 +41,25 @@ def print_plan(state: State) -> None:
 
 
 def print_results(study: StudyConfig, results: Sequence[TaskResult]) -> None:
-    """Scores, costs, and what is missing."""
+    """The report's sections; of a long list only its beginning."""
     console = make_console()
-    for result in results:
-        for data in groups(result):
-            title = f"{result.task}: {'mean of the data sets' if data == ALL else data}"
-            console.print(_table(title, score_table(result, data, study.reference)))
-        for metric in result.others:
-            title = f"{result.task}: beside it, {metric}"
-            console.print(_table(title, score_table(result, groups(result)[0], study.reference, metric)))
-        if result.costs:
-            console.print(_table(f"{result.task}: cost", cost_table(result)))
-        if (inside := update_table(result)) is not None:
-            console.print(_table(f"{result.task}: what the updates look like", inside))
-        for said in verdicts(result, study.reference):
-            console.print(said)
-        for trial, message in result.failures:
-            console.print(f"failed: {trial}: {first_line(message)}")
-        if result.missing:
-            console.print(f"{len(result.missing)} trials have not run yet; the report names them.")
+    for section in sections(study, results):
+        if not section.title:
+            console.print(section.task)
+        if section.table is not None:
+            console.print(_table(f"{section.task}: {section.title}", section.table))
+        for line in section.lines[:_MOST_LINES]:
+            console.print(line.split("\n", 1)[0])
+        if len(section.lines) > _MOST_LINES:
+            console.print(f"and {len(section.lines) - _MOST_LINES} more, which the report names")
 
 
-def _table(title: str, cells: Cells) -> Table:
-    head, rows = cells
+def _table(title: str, content: Content) -> Table:
+    head, rows = content
     table = Table(title=title, title_justify="left")
     for name in head:
-        table.add_column(
-            name, justify="left" if name in ("method", "settings", "verdict") else "right", overflow="fold"
-        )
+        justify: Literal["left", "right"] = "left" if name in ("method", "settings", "verdict") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
