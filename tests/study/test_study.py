@@ -93,15 +93,15 @@ def test_a_study(room, tmp_path, capsys):
     # What the updates look like agrees with `inspect --plots`, which reads the same adapter.
     assert main(["inspect", str(cell), "--plots", str(tmp_path / "plots"), "--with-data", "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)["analysis"]
-    (_, masa) = results["updates"]["masa"]
+    (_, masa) = results["insides"]["masa"]
     assert masa["effective_rank"] == pytest.approx(fmean(s["effective_rank"] for s in seen["spectra"]))
     assert masa["first"] == pytest.approx(fmean(s["share_of_first"] for s in seen["spectra"]))
     assert masa["cumulative"][-1] == pytest.approx(1)
     gates = seen["expert_use"]["reviews"]
     assert masa["measures"]["largest gate, reviews"] == pytest.approx(fmean(map(max, gates.values())))
     assert masa["measures"].keys() == {"similarity of experts", "largest gate, reviews"}
-    assert all(0 < dual["measures"]["closed gates, %"] < 1 for dual in results["updates"]["dual_lora"])
-    assert all(1 <= lora["effective_rank"] <= 3 for lora in results["updates"]["lora"])
+    assert all(0 < dual["measures"]["closed gates, %"] < 1 for dual in results["insides"]["dual_lora"])
+    assert all(1 <= lora["effective_rank"] <= 3 for lora in results["insides"]["lora"])
 
     # LoRA of r=3 is its own budget; the others come as near as their rank allows.
     costs = results["costs"]
@@ -226,8 +226,8 @@ def test_a_classifier_and_another_of_pefts_methods(room, tmp_path):
     assert results["costs"]["loha"]["excess"] == -4 * (32 + 32)
     # Its updates are none that we know; no failure is made of that.
     assert not list((tmp_path / "out").rglob("failed.json"))
-    assert [inside["effective_rank"] for inside in results["updates"]["loha"]] == [None, None]
-    assert [inside["notes"] for inside in results["updates"]["loha"]] == [[], []]
+    assert [inside["effective_rank"] for inside in results["insides"]["loha"]] == [None, None]
+    assert [inside["notes"] for inside in results["insides"]["loha"]] == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_in_a_study(variants, room, tmp_path, capsys):
     assert not results["failures"]
     assert results["settings"]["without_relu"]["r"] == 3
     assert results["costs"]["full"]["parameters"] == 4 * (32 * 32 + 16 * 32)
-    (full,), (lora,) = (results["updates"][method] for method in ("full", "lora"))
+    (full,), (lora,) = (results["insides"][method] for method in ("full", "lora"))
     assert full["effective_rank"] > 3 >= lora["effective_rank"]
     cell = tmp_path / "out/cells/reviews/full/lr-0.001/seed-0"
     capsys.readouterr()
