@@ -107,6 +107,7 @@ class FullConfig(AdapterConfig):
 
     method: ClassVar[str] = "FULL"
     title: ClassVar[str] = "full fine-tuning"
+    source: ClassVar[str] = "every weight of a layer is trained"
     factors_cls: ClassVar[type] = FullFactors
     shared_cls: ClassVar[None] = None
 

@@ -15,9 +15,9 @@ STUDY.yaml names a model, tasks, methods, learning rates and seeds
 rates on the eval parts. The best one is trained with every seed, and tested
 once. Every key can be overridden: --seeds [0,1] --train.max_steps 20.
 
-A study can be killed and started again: a finished cell is never trained or
+A study can be killed and started again: a finished trial is never trained or
 tested again. Its folder gets report.html, report.md, results.csv, results.json,
-and every cell's configuration, metrics and adapter.
+and every trial's configuration, metrics and adapter.
 
 examples:
   loraplex compare configs/studies/quick.yaml
@@ -26,11 +26,11 @@ examples:
 
 def _add_arguments(parser: CommandParser) -> None:
     parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study's configuration")
-    parser.add_argument("--jobs", type=int, metavar="N", help="cells at a time; default: one per GPU, or one")
+    parser.add_argument("--jobs", type=int, metavar="N", help="trials at a time; default: one per GPU, or one")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the study, print settings and number of cells, and stop"
+        "--dry-run", action="store_true", help="check the study, print settings and number of trials, and stop"
     )
-    parser.add_argument("--report", action="store_true", help="only write the report, from the cells that have run")
+    parser.add_argument("--report", action="store_true", help="only write the report, from the trials that have run")
     add_trust(parser, folder=False)
 
 
