@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from loraplex.methods.dual_lora.factors import DualLoraFactors
+from loraplex.recipes.prepare import PreparedRun
 from loraplex.recipes.training.run import train
-from loraplex.study.cells import Cell, run_of
 from loraplex.study.config import load_study
 from loraplex.study.run import prepare
+from loraplex.study.trials import Trial, run_config
 
 LABELS = {"signs": "signs that flip", "gates": "gates that flip", "closed": "closed gates"}
 
@@ -77,7 +78,8 @@ def main() -> None:
             gc.collect()
             watch = Watch()
             handle = register_optimizer_step_post_hook(watch)
-            train(run_of(study, Cell(task, args.method, args.rate, seed), sizes[task][args.method]))
+            trial = Trial(task, args.method, args.rate, seed)
+            train(PreparedRun(run_config(study, trial, sizes[task][args.method])))
             handle.remove()
             found[seed] = watch.rows
     args.out.mkdir(parents=True, exist_ok=True)
