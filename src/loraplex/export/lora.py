@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from loraplex.io.reading import yaml_text
 from loraplex.numerics.lowrank import randomized_svd, svd_of_product
 from loraplex.tuner.checks import check_count
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.expert_weight import ExpertLinear
 from loraplex.tuner.finite import check_finite, is_finite
 from loraplex.tuner.model_merging import tied_layers
 from loraplex.tuner.updates import ROOT, Update, adapted, difference
@@ -145,6 +147,7 @@ def convert(
     named = {update.module_name: update for _, update in layers}
     source: AdapterConfig | LoraConfig = model.peft_config[adapter_name]  # type: ignore
     extras = _trained_in_full(model, source, adapter_name)
+    _check_experts(layers)
     _check_engine(engine, model, layers, extras)
     weights = {name: lora_factors(update, rank) for name, update in named.items()}
     width = engine.rank(max([*(len(A) for A, _ in weights.values()), rank.rank or 1]))
@@ -256,6 +259,15 @@ def _trained_in_full(model: nn.Module, config: AdapterConfig | LoraConfig, adapt
     for key, tensor in found.items():
         check_finite(key.removeprefix(ROOT), [tensor])
     return found
+
+
+def _check_experts(layers: list[tuple[BaseTunerLayer, Update]]) -> None:
+    if parts := [update.module_name for layer, update in layers if isinstance(layer.get_base_layer(), ExpertLinear)]:
+        names = dict.fromkeys(re.sub(r"^.*?\.\d+\.|\.\d+$", "", name) for name in parts)
+        raise ValueError(
+            f"The adapter changes {len(parts)} matrices of bare parameters ({', '.join(names)}), which a plain LoRA of "
+            "linear layers can't carry: merge it (--format merged)."
+        )
 
 
 def _check_engine(

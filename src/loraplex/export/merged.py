@@ -23,6 +23,7 @@ from loraplex.io.field_types import shown
 from loraplex.io.files import check_target, replaced_folder, write_tensors
 from loraplex.io.reading import file_name, message_of, read_json
 from loraplex.tuner.bank import BANK
+from loraplex.tuner.expert_weight import ExpertLinear
 from loraplex.tuner.finite import check_finite
 from loraplex.tuner.tokens import token_rows, token_wrappers
 from loraplex.tuner.updates import Update, adapted
@@ -99,6 +100,8 @@ def merge_checkpoint(
     layers = adapted(model, adapter_name)
     if getattr(model.get_base_model().config, "quantization_config", None) is not None:
         raise ValueError(f"{base} is quantised: merge into the unquantised checkpoint it was made from.")
+    if any(isinstance(layer.get_base_layer(), ExpertLinear) for layer, _ in layers):
+        raise OtherLayout(f"{base} may store the matrices of its experts one by one")
     plan = _Plan(model, base, {f.module_name: (layer, f) for layer, f in layers}, adapter_name)
     modules: list[MergedModule] = []
     with replaced_folder(output_dir) as folder:

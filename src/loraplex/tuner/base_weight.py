@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.runtime.packing import is_packed, unpacked
 from loraplex.runtime.parallel import is_sharded
+from loraplex.tuner.expert_weight import ExpertLinear
 
 
 class Layer(Protocol):
@@ -66,7 +67,10 @@ def restore(layer: Layer, saved: tuple[Any, ...]) -> None:
     match layer.quantization_backend:
         case None:
             with torch.inference_mode(False):
-                inner.weight.data = saved[0].to(inner.weight.device, inner.weight.dtype)
+                if isinstance(inner, ExpertLinear):
+                    inner.weight.data.copy_(saved[0])  # a view: what is assigned to it would not reach the stack
+                else:
+                    inner.weight.data = saved[0].to(inner.weight.device, inner.weight.dtype)
         case HqqBackend():
             layer.base_layer = saved[0].to(inner.W_q.device)
         case Bnb8bitBackend():

@@ -63,6 +63,8 @@ class AdapterConfig(PeftConfig):
     """Scale by `lora_alpha / sqrt(r)` (rank-stabilised LoRA) instead of `lora_alpha / r`."""
     target_modules: list[str] | str | None = None
     """Modules to adapt: names or name endings, a regular expression, "all-linear", or None for PEFT's default."""
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, by name ending: stacks of experts such as "mlp.experts.gate_up_proj", routers."""
     exclude_modules: list[str] | str | None = None
     """Modules to leave alone: names or name endings, or a regular expression."""
     layers_to_transform: list[int] | int | None = None

@@ -108,8 +108,10 @@ class AdapterLinear(MergingLayer, AdapterLayer):
                 "trained. Quantise weights only (torchao: "
                 'Int8WeightOnlyConfig; GPTQ: backend="gptq_torch"), or use bitsandbytes.'
             )
-        if self.merged_adapters:
-            return result
+        return result if self.merged_adapters else self.with_updates(x, result)
+
+    def with_updates(self, x: Tensor, result: Tensor) -> Tensor:
+        """`result`, which the base layer computed from x `(…, in)`, plus ΔW x of the active adapters."""
         dtype = result.dtype
         # If accelerate hooks the base layer alone, x may come from another device.
         x = x.to(result.device)

@@ -23,8 +23,9 @@ from loraplex.tuner.attempt import Attempt, all_or_nothing, running
 from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.experts import holder_of, takes_parameter
 from loraplex.tuner.layer import AdapterLayer, AdapterLinear, put_around
-from loraplex.tuner.left_out import asks_for_all, warn_of_left_out
+from loraplex.tuner.left_out import add_bare_weights, warn_of_left_out
 from loraplex.tuner.load_checks import back_up_values, check_config, check_tensors, warn_of_nonfinite, weights_of
 from loraplex.tuner.mixed_batches import passed_down
 from loraplex.tuner.model_merging import MergingModel
@@ -72,7 +73,7 @@ class AdapterModel(MergingModel):
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         for attempt in running():
             attempt.ours = True
-        everything = asks_for_all(config)
+        everything = add_bare_weights(model, config)
         put = partial(self._put, model, adapter_name, autocast_adapter_dtype, state_dict=state_dict)
 
         def change() -> None:
@@ -168,12 +169,41 @@ class AdapterModel(MergingModel):
             layer = target
         else:
             layer = put_around(target, parent, current_key, get_quantization_kwargs(self.model))
+        self._add(layer, peft_config, adapter_name, current_key)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _add(self, layer: AdapterLinear, peft_config: AdapterConfig, adapter_name: str, current_key: str) -> None:
         factors = peft_config.factors_cls(peft_config, current_key, layer.in_features, layer.out_features)
         layer.add_adapter(adapter_name, peft_config, factors)
         # This makes the parameters of inactive adapters untrainable.
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self,
+        peft_config: AdapterConfig,  # type: ignore[override]
+        model: nn.Module,
+        adapter_name: str,
+        low_cpu_mem_usage: bool,
+    ) -> list[str]:
+        """Adapt bare parameters, each matrix of a stack as a linear layer of its own.
+
+        Returns:
+            The names of the parameters.
+        """
+        found = []
+        for module_name, module in list(model.named_modules()):
+            name = module_name.removesuffix(".base_layer")
+            for parameter in list(module._parameters):
+                whole = f"{name}.{parameter}"
+                if not takes_parameter(peft_config, whole):
+                    continue
+                holder = holder_of(model, name, module)
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    for layer in holder.layers_of(parameter):
+                        self._add(layer, peft_config, adapter_name, layer.module_name)
+                found.append(whole)
+        return found
 
     # Embeddings that are tied to a head, with ensure_weight_tying
 

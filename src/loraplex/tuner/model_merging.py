@@ -14,6 +14,7 @@ from torch import nn
 
 from loraplex.runtime.packing import release
 from loraplex.tuner.bank import BANK
+from loraplex.tuner.experts import AdapterParameters
 from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.tokens import check_tokens_mergeable
 
@@ -97,8 +98,9 @@ class MergingModel(BaseTuner):
         # PEFT's version copies the child's weight and bias, which a head of several modules does not have; layers of
         # ours take their device when an adapter is added.
         setattr(parent, child_name, new_module)
-        if isinstance(child, AdapterLinear) and child.merged:
-            self.merge_errors[child.module_name] = child.merge_error
+        for layer in child.modules() if isinstance(child, (AdapterLinear, AdapterParameters)) else ():
+            if isinstance(layer, AdapterLinear) and layer.merged:
+                self.merge_errors[layer.module_name] = layer.merge_error
 
 
 def _warn_of_loss(errors: dict[str, float]) -> None:

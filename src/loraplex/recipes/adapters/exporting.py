@@ -23,6 +23,7 @@ from loraplex.recipes.config.run_config import ConfigError, build_run
 from loraplex.recipes.models.loading import DTYPES, base_folder
 from loraplex.recipes.progress import note
 from loraplex.tuner.calibration import Calibration, calibrate, set_mean_gates
+from loraplex.tuner.expert_weight import ExpertLinear
 from loraplex.tuner.model_merging import tied_layers
 from loraplex.tuner.updates import adapted
 
@@ -93,8 +94,11 @@ def _merge_in_memory(adapter: SavedAdapter, job: ExportJob, calibration: Calibra
     for layer, update in layers:
         inner: Any = layer.get_base_layer()
         weight, module = merged_weight(inner.weight, (layer, update), f"{update.module_name}.weight", dtype, job.safe)
-        # A new parameter: a tied embedding keeps the old one.
-        inner.weight = nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
+        if isinstance(inner, ExpertLinear):
+            inner.weight.data.copy_(weight)
+        else:
+            # A new parameter: a tied embedding keeps the old one.
+            inner.weight = nn.Parameter(weight.to(inner.weight.device), requires_grad=False)
         modules += [module] if module else []
     notes = sorted({line for _, update in layers for line in update.notes()})
     plain = model.unload()

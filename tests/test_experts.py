@@ -1,0 +1,278 @@
+"""Adapters on the experts and routers of mixtures, which are bare parameters: every method, every way to compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+)
+
+import loraplex
+from helpers import METHODS, PLAIN, config, fill
+from loraplex.inspection.budget import plan
+from loraplex.inspection.describe import describe
+from loraplex.tuner.experts import AdapterParameters
+
+EXPERTS, LAYERS = 4, 3
+SIZE = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+SIZE |= {"num_key_value_heads": 1, "intermediate_size": 24, "pad_token_id": 0}
+MODELS = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZE, moe_intermediate_size=8, num_experts=EXPERTS, num_experts_per_tok=2),
+    "mixtral": lambda: MixtralConfig(**SIZE, num_local_experts=EXPERTS),
+    "gpt_oss": lambda: GptOssConfig(**SIZE, num_local_experts=EXPERTS, num_experts_per_tok=2, head_dim=8),
+    "llama4": lambda: Llama4TextConfig(
+        **SIZE, intermediate_size_mlp=24, num_local_experts=EXPERTS, head_dim=8, interleave_moe_layer_step=1
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **{**SIZE, "num_key_value_heads": 2}, n_routed_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=8,
+        first_k_dense_replace=0, n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4,
+        qk_nope_head_dim=4, v_head_dim=8,
+    ),
+}  # fmt: skip
+WAYS = ("eager", "grouped_mm", "batched_mm")
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+IDS = torch.randint(3, 32, (3, 7), generator=torch.Generator().manual_seed(1))
+
+every_plain = pytest.mark.parametrize("method", PLAIN)
+
+
+def build(name: str, way: str = "eager", dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model_config = MODELS[name]()
+    model = AutoModelForCausalLM.from_config(model_config).eval().to(dtype)
+    model.config._experts_implementation = way
+    return model
+
+
+def settings(method: str, **more):
+    return config(method, **{"target_modules": ["o_proj"], "target_parameters": STACKS, **more})
+
+
+def adapted(method: str, name: str = "qwen3_moe", way: str = "eager", **more) -> PeftModel:
+    model = get_peft_model(build(name, way), settings(method, **more)).eval()
+    fill(model)
+    return model
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def dense(method: str, name: str, way: str = "eager", **more) -> nn.Module:
+    """The base model with each expert's matrix plus its ΔW, put there one by one in float64."""
+    model, base = adapted(method, name, way, **more), build(name, way)
+    for holder in (m for m in model.modules() if isinstance(m, AdapterParameters)):
+        for parameter, layers in holder.adapted():
+            stack = base.get_submodule(holder.module_name)._parameters[parameter].data
+            for index, layer in enumerate(layers):
+                delta = layer.factors("default").delta_weight().double()
+                target = stack if stack.ndim == 2 else stack[index]
+                transposed = layer.get_base_layer().transposed
+                target.copy_((target.double() + (delta.T if transposed else delta)).float())
+    for name_, layer in model.named_modules():
+        if name_.endswith("o_proj"):
+            weight = base.get_submodule(name_.removeprefix("base_model.model.")).weight.data
+            weight.copy_((weight.double() + layer.factors("default").delta_weight().double()).float())
+    return base
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_starts_at_the_base_model(name: str, way: str) -> None:
+    """Bit for bit, in every way to compute with experts."""
+    for method in PLAIN:
+        model = get_peft_model(build(name, way), settings(method)).eval()
+        assert sum(isinstance(m, AdapterParameters) for m in model.modules()) == LAYERS
+        assert torch.equal(output(model), output(build(name, way)))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "masa-router"])
+@pytest.mark.parametrize("name", MODELS)
+def test_computes_with_w_plus_delta(name: str, method: str) -> None:
+    """The same as dense matrices in the base model, in every way to compute; merging and unmerging too."""
+    expected = output(dense(method, name))
+    for way in WAYS:
+        model = adapted(method, name, way)
+        assert not torch.allclose(expected, output(build(name, way)), atol=1e-4)
+        torch.testing.assert_close(output(model), expected, rtol=1e-3, atol=2e-5)
+    before, base = output(model), {k: v.clone() for k, v in build(name).state_dict().items()}
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(output(model), expected, rtol=1e-3, atol=2e-5)
+    model.unmerge_adapter()
+    assert torch.equal(output(model), before)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(output(model), output(build(name, way)))
+    plain = model.unload()
+    assert plain.state_dict().keys() == base.keys()
+    assert all(torch.equal(value, base[key]) for key, value in plain.state_dict().items())
+    torch.testing.assert_close(output(adapted(method, name).merge_and_unload()), expected, rtol=1e-3, atol=2e-5)
+
+
+@every_plain
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients(method: str, way: str) -> None:
+    """Those of the loop over experts, in every way to compute, and with activation checkpointing."""
+    found = []
+    for this, checkpointing in (("eager", False), (way, False), (way, True)):
+        model = adapted(method, way=this).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for other in found[1:]:
+        for key, gradient in found[0].items():
+            if gradient is None:  # of an expert that no token chose
+                assert other[key] is None or not other[key].any()
+            else:
+                torch.testing.assert_close(other[key], gradient, rtol=1e-3, atol=1e-6)
+    assert sum(g is not None and g.any().item() for g in found[0].values()) > len(found[0]) // 2
+
+
+@every_plain
+def test_trains(method: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build("qwen3_moe", "grouped_mm"), settings(method, lora_dropout=0.1)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("low", [False, True])
+def test_save_and_load(method: str, low: bool, tmp_path) -> None:
+    model = adapted(method)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("qwen3_moe"), tmp_path, low_cpu_mem_usage=low).eval()
+    assert torch.equal(output(again), output(model))
+    about = describe(str(tmp_path))
+    assert about.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert "model.layers.1.mlp.experts.down_proj.3" in {row.module for row in about.modules} or not about.modules
+
+
+@every_plain
+def test_second_adapter_and_switching(method: str) -> None:
+    model = adapted(method)
+    first = output(model)
+    loraplex.add_adapter(model, "second", settings("multilora", target_parameters=["experts.down_proj"]))
+    assert torch.equal(output(model), first)
+    model.set_adapter("second")
+    assert torch.equal(output(model), output(build("qwen3_moe")))
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(output(model), first)
+
+
+def test_layers_share_by_expert() -> None:
+    """ASLoRA has one A per role and expert, MASA one group of A's per role, expert and group of layers."""
+    for method, owned in (("aslora", 1), ("masa-router", 2 * 3)):
+        model = get_peft_model(build("qwen3_moe"), settings(method, target_modules=[]))
+        shared = next(s for _, s in model.base_model.model.loraplex_bank.named_shared())
+        assert len(shared.families) == 2 * EXPERTS
+        A = [p for n, p in shared.named_parameters() if "lora_A" in n and "gate_up_proj" in n]
+        assert sum(p.numel() for p in A) == EXPERTS * owned * 4 * 16
+
+
+@every_plain
+def test_autocast_and_a_bfloat16_base(method: str) -> None:
+    expected = output(adapted(method))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (output(adapted(method)) - expected).abs().max() < 0.1
+    base = build("qwen3_moe", "grouped_mm", torch.bfloat16)
+    model = get_peft_model(base, settings(method)).eval()
+    assert torch.equal(output(model), output(build("qwen3_moe", "grouped_mm", torch.bfloat16)))
+    fill(model)
+    assert (output(model).float() - expected).abs().max() < 0.2
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@every_plain
+def test_all_linear_is_what_lora_takes(name: str, method: str) -> None:
+    """Experts and routers included, as PEFT's LoRA has it for these models."""
+    model = get_peft_model(build(name), config(method, target_modules="all-linear"))
+    lora = get_peft_model(build(name), LoraConfig(target_modules="all-linear"))
+    theirs = {
+        f"{n}.{m.parameter_name}".replace(".base_layer", "").removeprefix("base_model.model.")
+        for n, m in lora.named_modules()
+        if isinstance(m, ParamWrapper)
+    }
+    ours = {
+        f"{holder.module_name}.{parameter}"
+        for holder in model.modules()
+        if isinstance(holder, AdapterParameters)
+        for parameter, _ in holder.adapted()
+    }
+    assert ours == theirs
+    assert len(ours) == 3 * LAYERS
+    assert torch.equal(output(model.eval()), output(build(name)))
+    fill(model)
+    assert not torch.allclose(output(model), output(build(name)), atol=1e-4)
+
+
+@every_plain
+def test_settings(method: str) -> None:
+    """Layers and names to leave out hold for parameters too."""
+    model = get_peft_model(
+        build("qwen3_moe"), settings(method, layers_to_transform=[1, 2], exclude_modules=["down_proj", "k_proj"])
+    )
+    names = {
+        f"{holder.module_name}.{parameter}"
+        for holder in model.modules()
+        if isinstance(holder, AdapterParameters)
+        for parameter, _ in holder.adapted()
+    }
+    assert names == {f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (1, 2)}
+
+
+def test_parameters_are_counted() -> None:
+    budget = plan(build("qwen3_moe"), settings("multilora"))
+    model = get_peft_model(build("qwen3_moe"), settings("multilora"))
+    assert budget.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="merge it"):
+        loraplex.export_lora(adapted("multilora"), "nowhere")
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(2, 3, 4))
+
+        def forward(self, x):
+            return torch.einsum("eoi,bi->bo", self.stack, x)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.layer = Odd(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.odd(self.layer(x))
+
+    before = Net()
+    with pytest.raises(ValueError, match=r"odd.stack is a parameter .* layout is known"):
+        get_peft_model(before, config("multilora", target_modules=["layer"], target_parameters=["odd.stack"]))
+    assert not any("lora" in name for name, _ in before.named_parameters())
+    Odd.is_transposed = False
+    model = get_peft_model(Net(), config("multilora", target_modules=["layer"], target_parameters=["odd.stack"]))
+    with pytest.raises(NotImplementedError, match="einsum is called with an adapted parameter"):
+        model(torch.randn(2, 4))
