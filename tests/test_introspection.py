@@ -114,7 +114,6 @@ def test_a_setting_of_lora_alone_is_named_as_such(method: str, name: str) -> Non
         ("use_dora", "leave it out"),
         ("loftq_config", "quantization_config"),
         ("lora_bias", 'bias="lora_only"'),
-        ("target_parameters", "target_modules"),
         ("megatron_config", "leave it out"),
     ],
 )

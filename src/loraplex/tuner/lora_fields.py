@@ -16,7 +16,6 @@ _REMEDIES = {
     "layer_replication": "repeat the layers in the base model, save it, and adapt the deeper model",
     "fan_in_fan_out": "leave it out, GPT-2's Conv1D is recognised",
     "lora_bias": 'leave it out; bias="lora_only" trains the biases of the adapted modules',
-    "target_parameters": "leave it out and name linear layers in target_modules",
     "use_dora": "leave it out; the methods adapt no magnitudes",
     "loftq_config": "leave it out and load the base model quantised (quantization_config=…)",
     "runtime_config": "leave it out; it holds settings of DoRA and of offloading while it starts",
