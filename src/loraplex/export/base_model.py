@@ -14,7 +14,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from loraplex.export.merged import indexed
+from loraplex.export.checkpoint_files import indexed
 from loraplex.io.field_types import shown
 from loraplex.io.reading import file_name, message_of, read_json
 from loraplex.runtime.out_of_memory import is_out_of_memory

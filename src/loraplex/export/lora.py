@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
+from loraplex.export.engine_checks import check_engine, check_experts
 from loraplex.export.lora_format import partners, plain_config
 from loraplex.export.servers import ENGINES, PORTABLE, Engine, engine_named
 from loraplex.io.files import check_target, replaced_folder, write_tensors
@@ -22,9 +21,7 @@ from loraplex.io.reading import yaml_text
 from loraplex.numerics.lowrank import randomized_svd, svd_of_product
 from loraplex.tuner.checks import check_count
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.expert_weight import ExpertLinear
 from loraplex.tuner.finite import check_finite, is_finite
-from loraplex.tuner.model_merging import tied_layers
 from loraplex.tuner.updates import ROOT, Update, adapted, difference
 
 
@@ -147,8 +144,8 @@ def convert(
     named = {update.module_name: update for _, update in layers}
     source: AdapterConfig | LoraConfig = model.peft_config[adapter_name]  # type: ignore
     extras = _trained_in_full(model, source, adapter_name)
-    _check_experts(layers)
-    _check_engine(engine, model, layers, extras)
+    check_experts(layers)
+    check_engine(engine, model, layers, extras)
     weights = {name: lora_factors(update, rank) for name, update in named.items()}
     width = engine.rank(max([*(len(A) for A, _ in weights.values()), rank.rank or 1]))
     state, modules = {}, []
@@ -261,44 +258,11 @@ def _trained_in_full(model: nn.Module, config: AdapterConfig | LoraConfig, adapt
     return found
 
 
-def _check_experts(layers: list[tuple[BaseTunerLayer, Update]]) -> None:
-    if parts := [update.module_name for layer, update in layers if isinstance(layer.get_base_layer(), ExpertLinear)]:
-        names = dict.fromkeys(re.sub(r"^.*?\.\d+\.|\.\d+$", "", name) for name in parts)
-        raise ValueError(
-            f"The adapter changes {len(parts)} matrices of bare parameters ({', '.join(names)}), which a plain LoRA of "
-            "linear layers can't carry: merge it (--format merged)."
-        )
-
-
-def _check_engine(
-    engine: Engine, model: nn.Module, layers: list[tuple[BaseTunerLayer, Update]], extras: dict[str, Tensor]
-) -> None:
-    if extras and not engine.full_modules:
-        names = sorted(key.removeprefix(ROOT) for key in extras)
-        raise ValueError(
-            f"The adapter trained these in full, or rows of them, and a LoRA for {engine.name} can't carry them: "
-            f"{', '.join(names)}. "
-            "Export for stock PEFT (--engine peft), or merge everything (--format merged)."
-        )
-    if engine.name == "llama.cpp" and any(layer.fan_in_fan_out for layer, _ in layers):  # type: ignore[attr-defined]
-        raise ValueError(
-            "llama.cpp's converter swaps the factors of Conv1D layers (GPT-2): merge instead (--format merged)."
-        )
-    tied_ones = set(tied_layers(model))
-    tied = [factors.module_name for layer, factors in layers if layer in tied_ones]
-    if tied and not engine.head:
-        raise ValueError(
-            f"The adapter changes {', '.join(tied)}, whose weight is also the input embedding; servers ignore or "
-            f"refuse a LoRA there (engine {engine.name}). Export for stock PEFT (--engine peft), or merge "
-            "(--format merged), which gives the head a weight of its own."
-        )
-
-
 def _card(export: LoraExport, config: AdapterConfig | LoraConfig) -> str:
     how = "exactly" if export.exact else f"with a relative error of {export.error:.3g}"
     notes = "".join(f"- {note}\n" for note in export.notes)
     return (
         f"---\nlibrary_name: peft\nbase_model: {yaml_text(config.base_model_name_or_path)}\ntags:\n- lora\n---\n\n"
-        f"# {config.title if isinstance(config, AdapterConfig) else 'LoRA'}, as plain LoRA\n\n"
+        f"# {config.full_title() if isinstance(config, AdapterConfig) else 'LoRA'}, as plain LoRA\n\n"
         f"Exported {how} by loraplex: rank {export.rank}, scaling inside B. It needs no loraplex to load.\n\n{notes}"
     )

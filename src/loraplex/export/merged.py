@@ -7,7 +7,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from loraplex.io.field_types import shown
+from loraplex.export.checkpoint_files import files_of_tensors, opened
 from loraplex.io.files import check_target, replaced_folder, write_tensors
-from loraplex.io.reading import file_name, message_of, read_json
 from loraplex.tuner.bank import BANK
 from loraplex.tuner.expert_weight import ExpertLinear
 from loraplex.tuner.finite import check_finite
@@ -135,7 +132,7 @@ class _Plan:
         self.targets = {f"{name}.weight": pair for name, pair in layers.items()}
         # What the adapter trained in full is the only part of a meta model that is not on the meta device.
         self.trained = {key: own for key, (own, _) in names.items() if not own.is_meta}
-        where = _files(base)
+        where = files_of_tensors(base)
         uses = Counter(id(original) for _, original in names.values())
         tied = {key for key, (_, original) in names.items() if uses[id(original)] > 1}
         # A weight that was tied to another and is changed gets a tensor of its own, and the others too.
@@ -174,7 +171,7 @@ class _Plan:
         return weight.index_copy(0, torch.tensor(indices), rows.detach().cpu().to(weight.dtype))
 
     def read(self, file: str, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        with _opened(self.base / file) as tensors:
+        with opened(self.base / file) as tensors:
             for key in keys:
                 trained = self.trained.get(key)
                 if trained is not None:
@@ -205,48 +202,6 @@ def plain_names(model: nn.Module, adapter_name: str) -> dict[str, tuple[Tensor, 
         else:
             base[".".join(part for part in parts if part not in _WRAPPERS)] = tensor
     return {key: (own.get(key, base.get(key)), base.get(key, own.get(key))) for key in {**base, **own}}  # type: ignore
-
-
-def _files(base: Path) -> dict[str, str]:
-    """Tensor → file, as transformers reads it: one whole file, or else by the index."""
-    whole, index = base / SAFE_WEIGHTS_NAME, base / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file() and not whole.is_file():
-        named = indexed(index)
-        if missing := sorted(file for file in {*named.values()} if not (base / file).is_file()):
-            raise ValueError(f"{index} names {', '.join(missing[:3])}, not there: copy or download it again.")
-        return named
-    files = [whole] if whole.is_file() else sorted(base.glob("*.safetensors"))
-    where: dict[str, str] = {}
-    for file in files:
-        with _opened(file) as tensors:
-            where |= dict.fromkeys(tensors.keys(), file.name)
-    return where
-
-
-def indexed(index: Path) -> dict[str, str]:
-    """A checkpoint's index: tensor → the file of the folder that holds it.
-
-    Raises:
-        ValueError: it is no such index, or names anything but safetensors files of its own folder.
-    """
-    where = read_json(index, dict).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise ValueError(f"{index} has no weight_map of tensors to files: copy or download it again.")
-    for file in where.values():
-        if not file_name(file, index).endswith(".safetensors"):
-            raise ValueError(f"{index} names the file {shown(file)}: weights are read from .safetensors files only.")
-    return where
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is not a whole safetensors file ({message_of(error, 500)}): copy or download it again."
-        ) from None
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """What an adapter costs, before there is a weight: parameters, file size, and memory of a training step.
 
 Nothing is estimated that can be counted: the adapter is really put on the model's modules, on the meta device. Only
-what a method keeps for its backward is a formula, one function per method (`_KEPT`).
+what a method keeps for its backward is a formula of its own (`Factors.saved_bytes`).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.families import role
 from loraplex.tuner.findings import Finding, as_dict, find
+from loraplex.tuner.sharing import foreign
 
 _ROOT = "base_model.model."
 
@@ -82,7 +83,7 @@ class Description:
         """Plain values, for JSON; each finding under its own key."""
         plain = asdict(replace(self, findings=[]))
         del plain["findings"]
-        return plain | as_dict(self.findings)
+        return plain | as_dict(self.findings, taken=plain)
 
 
 def describe(source: str | os.PathLike[str] | nn.Module, adapter_name: str = "default") -> Description:
@@ -168,23 +169,23 @@ def _add_shared(description: Description, shared: dict[str, Tensor], config: dic
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(description.method)  # type: ignore[call-overload]
     kind = cls.shared_cls if cls is not None and issubclass(cls, AdapterConfig) else None
     if kind is None:
-        if shared:
+        if shared and cls is None:
             raise ValueError(
                 f"The adapter shares factors between layers, and its type {shown(description.method)} is not known "
                 "here, so it can't be said which: import the module that registers the type first (on the command "
                 "line: --allow-code module:Class)."
             )
+        if shared:
+            raise foreign(next(iter(shared)))
         return
+    for name, tensor in shared.items():
+        if not tensor.is_floating_point() and name.rpartition("__")[2] not in kind.state_names:
+            raise foreign(name)
     description.findings = kind.stored_findings(shared)
     depths = Counter(role(row.module, config.get("layers_pattern")) for row in description.modules)
     for name, tensor in shared.items():
         family, _, factor = name.rpartition("__")
-        if factor.startswith("lora_"):
+        if tensor.is_floating_point():
             layers = kind.stored_readers(config, shared, family, factor, depths[family])
-            if layers is None:
-                raise ValueError(
-                    f"The adapter's weights hold {shown(name)}, but nothing that says which layers read it: the file "
-                    "is broken; copy or download the adapter again."
-                )
             description.shared.append(SharedRow(family, factor, list(tensor.shape), tensor.numel(), layers))
     description.shared.sort(key=lambda row: (row.family, row.factor[:6], row.layers))

@@ -144,7 +144,8 @@ def _handovers(finding: Handovers, analysis: Analysis) -> Figure | None:
 
 def _over_layers(finding: OverLayers, analysis: Analysis) -> Figure | None:
     """One panel per number: its value on each module, over the layers."""
-    figure, axes = _panels(len(finding.panels), width=4.2 if len(finding.panels) < 3 else 3.4, height=3.2)
+    few = len(finding.panels) < 3
+    figure, axes = _panels(len(finding.panels), *((4.2, 3.2) if few else ()))
     where = {s.module: s for s in analysis.spectra}
     for panel, axis in zip(finding.panels, axes, strict=True):
         roles: dict[str, list[tuple[int, float]]] = {}

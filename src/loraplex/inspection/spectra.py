@@ -75,7 +75,7 @@ class Analysis:
         for row, spectrum in zip(plain["spectra"], self.spectra, strict=True):
             row |= {"effective_rank": spectrum.effective_rank, "share_of_first": spectrum.share(1)}
         measures = {name: value for finding in self.findings for name, value in finding.measures().items()}
-        return plain | as_dict(self.findings) | {"measures": measures}
+        return plain | as_dict(self.findings, taken=[*plain, "measures"]) | {"measures": measures}
 
 
 @torch.no_grad()
@@ -102,16 +102,23 @@ def analyse(model: nn.Module, adapter_name: str = "default") -> Analysis:
     return found
 
 
-def add_gate_use(analysis: Analysis, model: nn.Module, batches: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+def add_gate_use(
+    analysis: Analysis,
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Mapping[str, Any]]],
+    adapter_name: str = "default",
+) -> None:
     """Run the model on each task's batches and note what its gates, which depend on the input, choose.
 
     Args:
         analysis: of `analyse`.
         model: with its base weights.
         batches: task → inputs for `model(**batch)`.
+        adapter_name: of the adapter that is analysed; it is the active one.
     """
     use = {task: gate_use(model, inputs) for task, inputs in batches.items()}
-    gated = next(m for m in model.modules() if isinstance(m, GatedFactors) and m.depends_on_input)
+    layers = (update for _, update in adapted(model, adapter_name, mergeable=False))
+    gated = next(update for update in layers if isinstance(update, GatedFactors))
     analysis.findings += gated.gate_findings(use)
 
 

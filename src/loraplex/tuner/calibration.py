@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,7 +44,7 @@ def calibrate(
         held_out: other inputs, to measure the errors on; None measures them on `batches`, which flatters them.
 
     Raises:
-        ValueError: there is no batch, or no active adapter has gates.
+        ValueError: there is no batch, no active adapter has gates, or two have on one module.
     """
     batches = list(batches)
     held_out = batches if held_out is None else list(held_out)
@@ -53,13 +53,13 @@ def calibrate(
     with _evaluating(model):
         gates = _mean_gates(model, batches)
         for factors, mean in gates.items():
-            factors.mean_gate = mean.to(next(factors.parameters()).dtype)
+            factors.mean_gate = mean.to(factors.lora_A.dtype)
         return _measure(model, held_out, list(gates))
 
 
 @torch.no_grad()
 def gate_use(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Module → mean gates of the active adapters on these inputs; the adapters stay as they are.
+    """Module → mean gates of the active adapter on these inputs; the adapter stays as it is.
 
     Raises:
         ValueError: there is no batch, or no active adapter has gates.
@@ -90,9 +90,11 @@ def set_mean_gates(model: nn.Module, gates: Mapping[str, Sequence[float]]) -> No
 
 def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[GatedFactors, Tensor]:
     gates: dict[GatedFactors, Tensor] = {}
+    counts: Counter[GatedFactors] = Counter()
 
     def add_gates(factors: GatedFactors, x: Tensor) -> None:
-        gates[factors] = gates.get(factors, 0) + factors.gates(x).double().sum(0)
+        found = factors.gates(x).double()
+        gates[factors], counts[factors] = gates.get(factors, 0) + found.sum(0), counts[factors] + len(found)
 
     for batch in batches:
         _outputs(model, batch, add_gates)
@@ -101,7 +103,9 @@ def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[
             "No active adapter has gates that depend on the input, or there was no batch: nothing needs calibration. "
             "Activate the adapter that has with model.set_adapter(name)."
         )
-    return {factors: total / total.sum() for factors, total in gates.items()}
+    if len({factors.module_name for factors in gates}) < len(gates):
+        raise ValueError("Two active adapters have gates on one module: activate one of them (set_adapter) at a time.")
+    return {factors: total / counts[factors] for factors, total in gates.items()}
 
 
 def _measure(model: nn.Module, batches: list[Mapping[str, Any]], gated: list[GatedFactors]) -> Calibration:

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from huggingface_hub import ModelCard, ModelCardData
 from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -17,6 +16,7 @@ from loraplex.io.field_types import check_types, fits, shown
 from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.checks import check_choice, check_count, check_number
 from loraplex.tuner.lora_fields import unknown_field
+from loraplex.tuner.model_card import say_how_to_load
 from loraplex.tuner.patterns import check_pattern
 from loraplex.version import __version__
 
@@ -24,7 +24,6 @@ _BIAS = ("none", "all", "lora_only")
 _LARGEST_RANK = 2**16
 MOST_PARTS = 1024
 """Experts or modules side by side; the papers use up to eight."""
-_CARD_MARK = "<!-- loraplex: how to load -->"
 
 
 @dataclass
@@ -41,11 +40,11 @@ class AdapterConfig(PeftConfig):
     """Name of the PEFT type, for example "MASA"."""
     title: ClassVar[str]
     """Name of the method, for people."""
-    source: ClassVar[str]
+    source: ClassVar[str] = ""
     """Where its equation comes from, for people."""
     factors_cls: ClassVar[type[Any]]
     """The method's `Factors`."""
-    shared_cls: ClassVar[type[Any] | None]
+    shared_cls: ClassVar[type[Any] | None] = None
     """The method's `SharedFactors`, or None."""
 
     rank_fields: ClassVar[tuple[str, ...]] = ("rank_pattern",)
@@ -181,6 +180,11 @@ class AdapterConfig(PeftConfig):
             check_pattern("modules_to_save", pattern, r"(^|.*\.){}($|\..*)")
 
     @classmethod
+    def full_title(cls) -> str:
+        """Name and source of the method, for people."""
+        return f"{cls.title} ({cls.source})" if cls.source else cls.title
+
+    @classmethod
     def run_name(cls) -> str:
         """What run files and the command line call the method."""
         return cls.method.lower()
@@ -238,21 +242,7 @@ class AdapterConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and say in the model card what a reader has to import."""
         super().save_pretrained(save_directory, **kwargs)
-        self._write_model_card(save_directory)
-
-    def _write_model_card(self, directory: str) -> None:
-        # PEFT can't load the type without the import and ends in a bare KeyError: the card is where people look.
-        path = os.path.join(directory, "README.md")
-        card = ModelCard.load(path) if os.path.isfile(path) else ModelCard.from_template(ModelCardData())
-        if _CARD_MARK not in card.text:
-            card.data["tags"] = sorted({*(card.data.get("tags") or []), "loraplex", self.method.lower()})
-            card.text += (
-                f"\n\n{_CARD_MARK}\n## How to load\n\n"
-                f"The method of this adapter is {self.title} ({self.source}). `pip install loraplex`, then:\n\n"
-                "```python\nimport loraplex  # registers the adapter's type with PEFT\n"
-                "from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, adapter)\n```\n"
-            )
-            card.save(path)
+        say_how_to_load(save_directory, self.full_title(), self.method.lower())
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ shows them asks what kind of finding it has, never which method it comes from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, final
@@ -100,7 +101,7 @@ class OverLayers(Finding):
         return found
 
     def measures(self) -> dict[str, float]:
-        return {panel.measure: fmean(panel.values.values()) for panel in self.panels if panel.measure}
+        return {panel.measure: fmean(panel.values.values()) for panel in self.panels if panel.measure and panel.values}
 
 
 @final
@@ -154,7 +155,8 @@ class GateUse(Finding):
 
 
 def _side_by_side(columns: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {module: [column[module] for column in columns if module in column] for module in columns[0]}
+    modules = dict.fromkeys(module for column in columns for module in column)
+    return {module: [column[module] for column in columns if module in column] for module in modules}
 
 
 def find(findings: list[Finding], key: str) -> Any:
@@ -169,6 +171,20 @@ def find(findings: list[Finding], key: str) -> Any:
     raise KeyError(f"{key!r}: this adapter tells of {', '.join(f.key for f in findings) or 'nothing'}")
 
 
-def as_dict(findings: list[Finding]) -> dict[str, Any]:
-    """All findings in one mapping, for JSON."""
-    return {key: value for finding in findings for key, value in finding.to_dict().items()}
+def as_dict(findings: list[Finding], taken: Iterable[str] = ()) -> dict[str, Any]:
+    """All findings in one mapping, for JSON.
+
+    Args:
+        findings: of one adapter.
+        taken: keys that stand beside them.
+
+    Raises:
+        ValueError: two findings have one key, or a finding has one that is taken.
+    """
+    found: dict[str, Any] = {}
+    for finding in findings:
+        values = finding.to_dict()
+        if twice := sorted(values.keys() & {*found, *taken}):
+            raise ValueError(f"a finding is called {twice[0]!r}, as something else is: give it another key.")
+        found |= values
+    return found

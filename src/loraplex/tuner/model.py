@@ -23,7 +23,7 @@ from loraplex.tuner.attempt import Attempt, all_or_nothing, running
 from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.experts import holder_of, takes_parameter
+from loraplex.tuner.experts import adapt_parameters
 from loraplex.tuner.layer import AdapterLayer, AdapterLinear, put_around
 from loraplex.tuner.left_out import add_bare_weights, warn_of_left_out
 from loraplex.tuner.load_checks import back_up_values, check_config, check_tensors, warn_of_nonfinite, weights_of
@@ -186,24 +186,11 @@ class AdapterModel(MergingModel):
         adapter_name: str,
         low_cpu_mem_usage: bool,
     ) -> list[str]:
-        """Adapt bare parameters, each matrix of a stack as a linear layer of its own.
+        def add(layer: AdapterLinear) -> None:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add(layer, peft_config, adapter_name, layer.module_name)
 
-        Returns:
-            The names of the parameters.
-        """
-        found = []
-        for module_name, module in list(model.named_modules()):
-            name = module_name.removesuffix(".base_layer")
-            for parameter in list(module._parameters):
-                whole = f"{name}.{parameter}"
-                if not takes_parameter(peft_config, whole):
-                    continue
-                holder = holder_of(model, name, module)
-                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    for layer in holder.layers_of(parameter):
-                        self._add(layer, peft_config, adapter_name, layer.module_name)
-                found.append(whole)
-        return found
+        return adapt_parameters(model, peft_config, add)
 
     # Embeddings that are tied to a head, with ensure_weight_tying
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.peft_types import PeftType, register_peft_method
 from transformers import PreTrainedModel
 
@@ -14,6 +16,7 @@ from loraplex.io.field_types import shown
 from loraplex.tuner.adapter_files import check_adapter_files
 from loraplex.tuner.attempt import all_or_nothing
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.gates import GatedFactors
 from loraplex.tuner.model import AdapterModel
 
 METHODS: dict[str, type[AdapterConfig]] = {}
@@ -21,10 +24,37 @@ METHODS: dict[str, type[AdapterConfig]] = {}
 
 
 def register(config_cls: type[AdapterConfig], model_cls: type[AdapterModel]) -> None:
-    """Register a method with PEFT under `config_cls.method`, with the prefix that PEFT expects of that name."""
-    add_peft_type(config_cls.method)
-    METHODS[config_cls.run_name()] = config_cls
-    register_peft_method(name=config_cls.method.lower(), config_cls=config_cls, model_cls=model_cls)
+    """Register a method with PEFT under `config_cls.method`, with the prefix that PEFT expects of that name.
+
+    Raises:
+        ValueError: the class lacks something, or another method has its names.
+    """
+    name, run_name = _names(config_cls)
+    if run_name in METHODS or (name in PeftType.__members__ and PeftType[name] in PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise ValueError(
+            f"{config_cls.__name__}: another method is called {run_name!r} or {name!r}: choose other names."
+        )
+    add_peft_type(name)
+    register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls)
+    METHODS[run_name] = config_cls
+
+
+def _names(config_cls: type[AdapterConfig]) -> tuple[str, str]:
+    """PEFT's and the runs' name of a method whose classes are whole."""
+    if lacking := [name for name in ("method", "title", "factors_cls") if not hasattr(config_cls, name)]:
+        raise ValueError(f"{config_cls.__name__} says nothing of {', '.join(lacking)}: see AdapterConfig.")
+    if not re.fullmatch(r"[A-Z][A-Z0-9]*", config_cls.method):
+        raise ValueError(
+            f"{config_cls.__name__}: method={config_cls.method!r} must be capital letters and digits: in small "
+            "letters it stands in the keys of adapter files, where an underscore ends them."
+        )
+    gates = config_cls.depends_on_input is not AdapterConfig.depends_on_input
+    if issubclass(config_cls.factors_cls, GatedFactors) != gates:
+        raise ValueError(
+            f"{config_cls.__name__}: factors_cls={config_cls.factors_cls.__name__} and depends_on_input go together: "
+            "GatedFactors need a config that says when ΔW depends on the input, and the other way round."
+        )
+    return config_cls.method, config_cls.run_name()
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -82,7 +112,6 @@ def load_adapter(model: PeftModel | PreTrainedModel, path: str, adapter_name: st
         ValueError: the model's first adapter is not of loraplex, or the files are not an adapter for this model.
     """
     from peft import PeftConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     if isinstance(model, PeftModel):
         _check_host(model)

@@ -40,21 +40,22 @@ class Scheduled(SharedFactors):
     state_keys: ClassVar[dict[str, bool]] = {}
     """What a method stores in the training state of each parameter: key → whether it counts steps."""
     config: Any
-    unknown_length: ClassVar[dict[str, int]]
+    unknown_length: ClassVar[dict[str, int]] = {}
     """Field of the config → steps, where neither the user nor the run's length says how many."""
     callback: Any = None
     """The callback that drives this schedule, where a trainer has several that could."""
     in_checkpoint = False
     """Whether a trainer saves a checkpoint in the middle of its run, after which the schedule goes on."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, config: Any, *args: Any) -> None:
+        self.config = config
         self.total_steps: int | None = None
         self._left_open: list[str] | None = None
         self._configs: dict[str, Any] = {}
         self._name = ""
         self.training_state = TrainingState(self.state_keys)
         self._start_counting()
-        super().__init__(*args)
+        super().__init__(config, *args)
         first = next(self.member_factors())
         # Casts, loading and sharding put new parameters in place, and a loop need not call train().
         first.register_forward_pre_hook(self._before_forward)

@@ -5,9 +5,10 @@ The bank (`bank.py`) owns them; a layer looks a factor up in its forward.
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,17 @@ from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding
 
 
-class SharedFactors(NeverOffloaded):
+class SharedFactors(NeverOffloaded, ABC):
     """What the layers of one adapter share: parameters, and the state of its schedule. A method subclasses this once.
 
     Names of parameters and buffers hold no dot, `<family>__<factor>`: PEFT looks for the adapter's name in a key just
     before the last dot.
     """
+
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    """Factors, without their family, that weight decay would undo."""
+    state_names: ClassVar[tuple[str, ...]] = ()
+    """Buffers, without their family, that hold the state of the schedule in an adapter's file."""
 
     def __init__(self, config: AdapterConfig, families: dict[str, list[Member]]) -> None:
         super().__init__()
@@ -90,8 +96,8 @@ class SharedFactors(NeverOffloaded):
     @classmethod
     def stored_readers(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
-    ) -> list[int] | None:
-        """Which layers of a family read a stored factor, or None if nothing in the file says; all of them by default.
+    ) -> list[int]:
+        """Which layers of a family read a stored factor; all of them by default, none where the file does not tell.
 
         Args:
             config: the adapter's settings.
@@ -99,6 +105,9 @@ class SharedFactors(NeverOffloaded):
             family: the layers' role.
             factor: the factor's name without the family.
             layers: how many layers the family has, as far as their own factors tell.
+
+        Raises:
+            ValueError: the method has no such factor (see `foreign`).
         """
         return list(range(layers))
 
@@ -181,6 +190,14 @@ class SharedFactors(NeverOffloaded):
         """The factors of all layers of this adapter."""
         for family in self._factors.values():
             yield from family
+
+
+def foreign(name: str) -> ValueError:
+    """The error for a tensor in an adapter's file that the adapter's method does not share."""
+    return ValueError(
+        f"The adapter's weights hold {shown(name)}, but nothing that says which layers read it: the file is broken; "
+        "copy or download the adapter again."
+    )
 
 
 def check_stored(name: str, buffer: Tensor, fits: bool) -> None:

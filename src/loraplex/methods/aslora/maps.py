@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from loraplex.tuner.factors import Factors, kaiming_
 from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding, Handover, Handovers
 from loraplex.tuner.schedule import Scheduled
-from loraplex.tuner.sharing import check_stored
+from loraplex.tuner.sharing import check_stored, foreign
 
 
 class MergeMaps(Scheduled):
@@ -26,8 +26,9 @@ class MergeMaps(Scheduled):
     `maps` and `steps` hold the same as Python numbers, so that no forward waits for the buffer's device.
     """
 
+    state_names: ClassVar[tuple[str, ...]] = ("merges",)
+
     def add_shared(self, config: Any, families: dict[str, list[Member]]) -> None:
-        self.config = config
         self.maps: dict[str, list[int]] = {}
         self.steps: dict[str, int] = {}
         """Family → steps averaged so far; 0 once all its merges are done."""
@@ -129,9 +130,9 @@ class MergeMaps(Scheduled):
     @classmethod
     def stored_readers(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
-    ) -> list[int] | None:
+    ) -> list[int]:
         if (merges := tensors.get(f"{family}__merges")) is None:
-            return None
+            raise foreign(f"{family}__{factor}")
         owner = factor.rpartition("_")[2]  # of a B: lora_B_3; all layers read A
         return [layer for layer, m in enumerate(merges[0].tolist()) if not owner.isdigit() or m == int(owner)]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Fact, Finding
 from loraplex.tuner.schedule import Scheduled, StateOf
-from loraplex.tuner.sharing import check_stored, read
+from loraplex.tuner.sharing import check_stored, foreign, read
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ class DualLoraShared(Scheduled):
     """
 
     unknown_length: ClassVar[dict[str, int]] = {"warmup_steps": 100}
+    state_names: ClassVar[tuple[str, ...]] = ("warmup",)
 
     def add_shared(self, config: Any, families: dict[str, list[Member]]) -> None:
-        self.config = config
         # Steps done, and steps in all (0: not known yet). Integers: a cast of the model to bfloat16 leaves them alone.
         self.register_buffer("warmup", torch.tensor([0, self.last_step() or 0]))
         if not config.init_weights:
@@ -75,6 +75,12 @@ class DualLoraShared(Scheduled):
     @classmethod
     def check_buffer(cls, name: str, value: Tensor) -> None:
         check_warmup(value)
+
+    @classmethod
+    def stored_readers(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
+    ) -> list[int]:
+        raise foreign(f"{family}__{factor}")  # the layers share no factor
 
     @classmethod
     def stored_findings(cls, tensors: Mapping[str, Tensor]) -> list[Finding]:

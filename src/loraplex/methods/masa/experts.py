@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loraplex.tuner.factors import kaiming_
 from loraplex.tuner.families import Member
 from loraplex.tuner.findings import Finding, Matrices
-from loraplex.tuner.sharing import SharedFactors
+from loraplex.tuner.sharing import SharedFactors, foreign
 
 
 class MasaShared(SharedFactors):
@@ -36,10 +36,10 @@ class MasaShared(SharedFactors):
     @classmethod
     def stored_readers(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], family: str, factor: str, layers: int
-    ) -> list[int] | None:
+    ) -> list[int]:
         group = factor.rpartition("_")[2]
         if not re.fullmatch(r"\d{1,6}", group, re.ASCII):
-            return None
+            raise foreign(f"{family}__{factor}")
         size = config["share_layers"] or config["num_experts"]
         return list(range(layers))[int(group) * size :][:size]
 

@@ -131,7 +131,10 @@ def parse_parameters(text: str, base: int, option: str = "--params") -> int:
 
 def parse_match(text: str, adapter: dict[str, Any], task: Kind, option: str = "--match") -> tuple[str, PeftConfig]:
     """The method and config of "lora:r=16,target_modules=[q_proj]", laid over the fields that hold for all."""
-    method, _, fields_text = text.partition(":")
+    # A method of the user's own, module:Class, has a colon in its name.
+    own_class = re.match(r"[\w.]+:\w+(?=:)", text)
+    method = own_class[0] if own_class else text.partition(":")[0]
+    fields_text = text[len(method) + 1 :]
     _check_method(method)
     own = parse_yaml(f"{{{fields_text.replace('=', ': ')}}}", f"{option} {text}")
     if not own or any(value is None for value in own.values()):

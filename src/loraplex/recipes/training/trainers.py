@@ -29,6 +29,7 @@ from loraplex.runtime.out_of_memory import is_out_of_memory
 from loraplex.runtime.parallel import gathered_state_dict
 from loraplex.tuner.factors import Factors
 from loraplex.tuner.schedules import save_schedules
+from loraplex.tuner.sharing import SharedFactors
 
 SCHEDULER_JSON = "scheduler.json"
 
@@ -177,7 +178,11 @@ class _TaskEvaluation(_Base):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         gates = {
-            f"{prefix}.{name}" for prefix, m in model.named_modules() if isinstance(m, Factors) for name in m.no_decay
+            f"{prefix}.{name}"
+            for prefix, m in model.named_modules()
+            if isinstance(m, (Factors, SharedFactors))
+            for name, _ in m.named_parameters(recurse=False)
+            if name.rpartition("__")[2] in m.no_decay
         }
         return [name for name in super().get_decay_parameter_names(model) if name not in gates]
 
