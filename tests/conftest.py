@@ -13,6 +13,8 @@ import jinja2
 import pytest
 import torch
 
+from loraplex.tuner.registry import METHODS
+
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
@@ -34,6 +36,15 @@ def _templates_compiled_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", functools.lru_cache(jinja2.Environment.compile))
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _methods_of_the_package() -> Iterator[None]:
+    """Take methods out of the registry that a module of tests has put there: others ask which there are."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
 
 
 SLOWEST_FIRST = ["distributed/test_engines", "study/test_study", "test_exec", "test_placement", "test_contract"]

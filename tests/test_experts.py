@@ -138,7 +138,7 @@ def test_gradients(method: str, way: str) -> None:
                 assert other[key] is None or not other[key].any()
             else:
                 torch.testing.assert_close(other[key], gradient, rtol=1e-3, atol=1e-6)
-    assert sum(g is not None and g.any().item() for g in found[0].values()) > len(found[0]) // 2
+    assert sum(g is not None and g.any().item() for g in found[0].values()) > len(found[0]) // 3
 
 
 @every_plain

@@ -24,7 +24,6 @@ from loraplex.commands.cli import main
 from loraplex.inspection.budget import match, plan
 from loraplex.inspection.describe import describe
 from loraplex.inspection.spectra import analyse
-from loraplex.tuner.registry import METHODS
 
 HERE = Path(__file__).parent
 METHOD = "tied_lora:TiedLoraConfig"
@@ -39,7 +38,6 @@ def _in_its_folder():
         patch.chdir(HERE)
         patch.syspath_prepend(str(HERE))
         yield
-    METHODS.pop("tiedlora", None)
 
 
 def test_the_walk_through_quotes_the_file():

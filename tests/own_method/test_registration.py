@@ -89,8 +89,6 @@ class PairModel(AdapterModel):
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     register(PairConfig, PairModel)
-    yield
-    METHODS.pop("pairs")
 
 
 def pairs():
@@ -121,6 +119,12 @@ def test_what_register_refuses(attributes, message):
     with pytest.raises(ValueError, match=message):
         register(variant(**attributes), PairModel)
     assert before == METHODS
+
+
+def test_a_class_made_from_one_of_ours_has_a_name_of_its_own():
+    for cls in (loraplex.DualLoraConfig, loraplex.MasaConfig):
+        made = dataclass(type("Made", (cls,), {"__doc__": "", "method": "MADE"}))
+        assert made.run_name() == "made"
 
 
 def test_mean_gates_are_means():
@@ -200,7 +204,6 @@ def test_a_budget_like_that_of_a_class(monkeypatch):
     method, settings = parse_match("tied_lora:TiedLoraConfig:r=4,target_modules=[q_proj]", {}, "sft")
     assert (method, settings.r, settings.target_modules) == ("tied_lora:TiedLoraConfig", 4, {"q_proj"})
     assert parse_match("lora:r=4", {}, "sft")[0] == "lora"
-    METHODS.pop("tiedlora", None)
 
 
 def test_a_method_that_shares_nothing_needs_to_say_nothing():

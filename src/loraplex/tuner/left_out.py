@@ -8,7 +8,6 @@ from collections.abc import Container, Iterator
 
 from peft import LoraConfig
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +28,8 @@ def add_bare_weights(model: nn.Module, config: AdapterConfig) -> bool:
     """
     if config.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return False
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     lora = LoraConfig(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND)
     convert_peft_config_for_transformers(lora, model, None)
     if lora.target_parameters:

@@ -68,8 +68,8 @@ class DualLoraConfig(AdapterConfig):
 
     @classmethod
     def run_name(cls) -> str:
-        # PEFT's type has no underscore, since it is a part of the keys in adapter files.
-        return "dual_lora"
+        # PEFT's type has no underscore, since it is a part of the keys in adapter files. A subclass has a type of its own.
+        return "dual_lora" if cls.method == "DUALLORA" else super().run_name()
 
     @property
     def lowest_rank(self) -> int:
