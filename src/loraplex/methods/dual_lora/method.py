@@ -68,7 +68,7 @@ class DualLoraConfig(AdapterConfig):
 
     @classmethod
     def run_name(cls) -> str:
-        # PEFT's type has no underscore, since it is a part of the keys in adapter files. A subclass has a type of its own.
+        # PEFT's type, a part of the keys in adapter files, has no underscore. A subclass has a type of its own.
         return "dual_lora" if cls.method == "DUALLORA" else super().run_name()
 
     @property
