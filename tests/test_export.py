@@ -26,7 +26,7 @@ import helpers as h
 import loraplex
 from helpers import ARCHS, HIDDEN, LAYERS, adapted, config, fill, naive_updates, output, products, ready, relative
 from loraplex import DualLoraConfig, MultiLoraConfig, Rank, export_lora
-from loraplex.export.lora_format import compare
+from loraplex.export.lora_format import export_errors
 from loraplex.export.servers import ENGINES
 from loraplex.inspection.describe import describe
 from loraplex.numerics import lowrank
@@ -772,7 +772,7 @@ def test_modules_that_sglang_fuses(engine: str, targets: list[str], beside: set[
         output(h.stock(tmp_path / "out", dtype=F64), BATCH), output(model, BATCH), rtol=1e-12, atol=1e-12
     )
     # What is there for SGLang's sake does not make it another adapter.
-    assert max(compare(tmp_path / "out", model).values()) < 1e-12
+    assert max(export_errors(tmp_path / "out", model).values()) < 1e-12
 
 
 def part(name: str) -> str:
@@ -1049,7 +1049,7 @@ def test_no_pickle_in_the_project() -> None:
 def test_compare_is_zero_for_an_exact_export(method: str, tmp_path: Path) -> None:
     model = adapted(method, dtype=F64)
     export_lora(model, tmp_path / "out")
-    errors = compare(tmp_path / "out", model)
+    errors = export_errors(tmp_path / "out", model)
     assert sorted(errors) == sorted(naive_updates(model))
     assert max(errors.values()) < 1e-12
 
@@ -1058,7 +1058,7 @@ def test_compare_is_zero_for_an_exact_export(method: str, tmp_path: Path) -> Non
 def test_compare_finds_the_error_that_the_export_reported(method: str, rank: int, tmp_path: Path) -> None:
     model = adapted(method)
     export = export_lora(model, tmp_path / "out", rank=rank)
-    errors = compare(tmp_path / "out", model)
+    errors = export_errors(tmp_path / "out", model)
     for module in export.modules:
         assert module.error > 0.1
         assert errors[module.module] == pytest.approx(module.error, rel=1e-5)
@@ -1071,7 +1071,7 @@ def test_compare_sees_what_was_changed(tmp_path: Path) -> None:
     key = "base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
     state[key] = 1.25 * state[key]
     save_file(state, tmp_path / "out" / "adapter_model.safetensors")
-    errors = compare(tmp_path / "out", model)
+    errors = export_errors(tmp_path / "out", model)
     assert errors.pop("model.layers.2.self_attn.v_proj") == pytest.approx(0.25, rel=1e-9)
     assert max(errors.values()) < 1e-12
 
@@ -1084,9 +1084,9 @@ def test_compare_with_another_adapter(tmp_path: Path) -> None:
         (["q_proj", "v_proj", "o_proj"], "o_"),
     ):
         with pytest.raises(ValueError, match=rf"out is no export of this adapter.*{apart}"):
-            compare(tmp_path / "out", adapted("aslora", target_modules=targets))
+            export_errors(tmp_path / "out", adapted("aslora", target_modules=targets))
     # The same modules with other numbers: not an error, but not near either.
-    assert min(compare(tmp_path / "out", adapted("multilora")).values()) > 0.5
+    assert min(export_errors(tmp_path / "out", adapted("multilora")).values()) > 0.5
 
 
 def test_compare_with_a_model_of_another_size(tmp_path: Path) -> None:
@@ -1094,20 +1094,20 @@ def test_compare_with_a_model_of_another_size(tmp_path: Path) -> None:
     other = get_peft_model(LLAMA.build(hidden_size=16, num_attention_heads=2), config("aslora"))
     ready(other)
     with pytest.raises(ValueError, match="q_proj"):
-        compare(tmp_path / "out", other)
+        export_errors(tmp_path / "out", other)
 
 
 def test_compare_needs_a_plain_lora(tmp_path: Path) -> None:
     model = adapted("aslora")
     model.save_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match=r"own is a ASLORA adapter, not a plain LoRA"):
-        compare(tmp_path / "own", model)
+        export_errors(tmp_path / "own", model)
     settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights=False)
     get_peft_model(LLAMA.build(), settings).save_pretrained(tmp_path / "dora")
     with pytest.raises(ValueError, match="DoRA"):
-        compare(tmp_path / "dora", model)
+        export_errors(tmp_path / "dora", model)
     with pytest.raises(ValueError, match="holds no adapter"):
-        compare(tmp_path, model)
+        export_errors(tmp_path, model)
     assert {row.rank for row in describe(tmp_path / "dora").modules} == {None}
 
 

@@ -88,11 +88,11 @@ def _error_against(args: argparse.Namespace, typed: list[tuple[str, Any]]) -> di
     from loraplex.recipes.console import quiet
 
     quiet()
-    from loraplex.export.lora_format import compare
+    from loraplex.export.lora_format import export_errors
     from loraplex.recipes.adapters.saved import open_adapter
 
     adapter = open_adapter(args.against, None, [], typed, data_option=None, allow_code=args.allow_code)
-    return compare(args.adapter, adapter.load_on_skeleton())
+    return export_errors(args.adapter, adapter.load_on_skeleton())
 
 
 COMMAND = Command("inspect", "show an adapter's parameters, sharing map and merge history", _add_arguments, _run)

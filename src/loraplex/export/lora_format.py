@@ -80,7 +80,9 @@ def partners(model: nn.Module, names: list[str], engine: Engine) -> dict[str, tu
     return {name: (module.out_features, module.in_features) for name, module in present.items()}
 
 
-def compare(exported: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default") -> dict[str, float]:
+def export_errors(
+    exported: str | os.PathLike[str], model: nn.Module, adapter_name: str = "default"
+) -> dict[str, float]:
     """Module → relative error ‖ΔW − B A‖_F / ‖ΔW‖_F of an exported LoRA against the adapter it was made from.
 
     Raises:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from loraplex.recipes.config.arguments import adapter_config, check_engine, training_arguments
+from loraplex.recipes.config.arguments import adapter_config, check_launch, training_arguments
 from loraplex.recipes.config.data_spec import DataSpec
 from loraplex.recipes.config.run_config import ConfigError, RunConfig
 from loraplex.recipes.data.encode import encode_texts, encode_training
@@ -54,7 +54,7 @@ class PreparedRun:
     def check(self) -> None:
         """Raise a ConfigError for settings that can't be trained with, before anything is loaded or written."""
         _ = self.peft_config
-        check_engine(self.arguments)
+        check_launch(self.arguments)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

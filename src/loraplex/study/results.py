@@ -14,7 +14,7 @@ from loraplex.recipes.evaluation import Scores
 from loraplex.study.choice import LOWER_IS_BETTER, Choice, deciding_metric
 from loraplex.study.config import BASE, METRICS
 from loraplex.study.run import State
-from loraplex.study.statistics import Difference, compare, spread, value
+from loraplex.study.statistics import Difference, difference_of, spread, value
 from loraplex.study.trials import SCORES_NAME, Trial
 from loraplex.study.update_summary import UpdateSummary, summarize_updates
 
@@ -169,7 +169,7 @@ def _lines(
         difference = None
         if method not in (BASE, reference) and both:
             mine, other = ({name: [side[seed][name] for seed in both] for name in names} for side in (ours, theirs))
-            difference = compare(metric, mine, other, lower)
+            difference = difference_of(metric, mine, other, lower)
         lines.append(Line(method, data, metric, seeds, values, *spread(values), difference))
     return lines
 

@@ -82,7 +82,7 @@ class Difference:
         return "better" if (self.mean < 0) == lower_is_better else "worse"
 
 
-def compare(
+def difference_of(
     metric: str,
     method: Mapping[str, Sequence[Scores]],
     reference: Mapping[str, Sequence[Scores]],

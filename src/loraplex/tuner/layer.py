@@ -42,7 +42,7 @@ class AdapterLinear(MergingLayer, AdapterLayer):
         self.adapter_layer_names: tuple[str, ...] = ()
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting asks every tuner layer
-        self._engine_checked = False
+        self._fsdp1_checked = False
         self._may_take_weight = False
         inner = self.get_base_layer()
         self.in_features: int
@@ -95,9 +95,9 @@ class AdapterLinear(MergingLayer, AdapterLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self.training and not self._engine_checked:
+        if not torch.compiler.is_compiling() and self.training and not self._fsdp1_checked:
             refuse_fsdp1(self)
-            self._engine_checked = True
+            self._fsdp1_checked = True
         if self._may_take_weight and (h := self._forward_with_weight(x)) is not None:
             return h
         result = self.base_layer(x, *args, **kwargs)

@@ -148,7 +148,7 @@ def training_arguments(run: RunConfig, **ours: Any) -> TrainingArguments:
         raise ConfigError(f"train: {error}") from None
 
 
-def check_engine(arguments: TrainingArguments) -> None:
+def check_launch(arguments: TrainingArguments) -> None:
     """Refuse, before a model is loaded, what it could not be trained under.
 
     Raises:
