@@ -22,6 +22,7 @@ from helpers import METHODS, PLAIN, config, ready
 from loraplex.inspection.budget import plan
 from loraplex.inspection.describe import describe
 from loraplex.tuner.experts import AdapterParameters
+from loraplex.tuner.layer import AdapterLinear
 
 EXPERTS, LAYERS = 4, 3
 SIZE = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
@@ -245,10 +246,25 @@ def test_settings(method: str) -> None:
     assert names == {f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (1, 2)}
 
 
-def test_parameters_are_counted() -> None:
-    budget = plan(build("qwen3_moe"), settings("multilora"))
-    model = get_peft_model(build("qwen3_moe"), settings("multilora"))
+def test_parameters_and_activations_are_counted() -> None:
+    """An expert keeps what its share of the tokens makes: here two of four experts see each token."""
+    budget = plan(build("qwen3_moe"), settings("multilora", target_modules=[]), tokens=64)
+    model = get_peft_model(build("qwen3_moe"), settings("multilora", target_modules=[]))
     assert budget.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    expected = 0
+    for layer in (m for m in model.modules() if isinstance(m, AdapterLinear)):
+        expected += layer.factors("default").saved_bytes(32, 4, 0) + 4 * 32 * layer.in_features
+    assert budget.activation_bytes == expected
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_lora_beside_them_is_counted() -> None:
+    """PEFT keeps W + ΔW of every stack from forward to backward."""
+    budget = plan(build("qwen3_moe"), LoraConfig(r=4, target_modules="all-linear"), tokens=64)
+    lora = get_peft_model(build("qwen3_moe"), LoraConfig(r=4, target_modules="all-linear"))
+    assert budget.parameters == lora.get_nb_trainable_parameters()[0]
+    stacks = sum(p.numel() for n, p in build("qwen3_moe").named_parameters() if "experts" in n or "mlp.gate" in n)
+    assert budget.activation_bytes > 4 * stacks
 
 
 def test_what_is_refused() -> None:

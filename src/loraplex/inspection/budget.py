@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
@@ -24,6 +25,7 @@ from torch import nn
 from loraplex.tuner.bank import find_bank
 from loraplex.tuner.checks import check_count
 from loraplex.tuner.config import AdapterConfig
+from loraplex.tuner.expert_weight import ExpertLinear
 from loraplex.tuner.layer import AdapterLinear
 from loraplex.tuner.sharing import SharedFactors
 
@@ -229,11 +231,13 @@ def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
             factors = layer.factors(_NAME)
         else:
             continue
-        base = layer.get_base_layer().weight.dtype
+        bare = isinstance(layer, ParamWrapper)
+        base = layer.get_param().dtype if bare else layer.get_base_layer().weight.dtype
+        seen = _tokens_of(layer, adapted, tokens)
         dtype = base if factors.takes_input_as_it_is else factors.lora_A.dtype
         size, copied = (2, 2) if autocast else (dtype.itemsize, 0)
-        total += factors.saved_bytes(tokens, size, copied)
-        inputs = tokens * layer.in_features
+        total += factors.saved_bytes(seen, size, copied)
+        inputs = seen * layer.in_features
         if isinstance(factors.dropout, nn.Dropout):
             # Each draw keeps its result and, on a GPU, a mask of one byte per element.
             total += factors.dropout_draws * inputs * (size + 1)
@@ -245,6 +249,16 @@ def _activation_bytes(adapted: PeftModel, tokens: int, autocast: bool) -> int:
     return total
 
 
+def _tokens_of(layer: Any, model: PeftModel, tokens: int) -> int:
+    """How many of a step's tokens the layer sees: an expert sees its share of those that are routed."""
+    inner = layer.get_base_layer()
+    if not isinstance(inner, ExpertLinear) or inner.index is None:
+        return tokens
+    experts = inner.num_experts
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or experts
+    return -(-tokens * chosen // experts)
+
+
 class _PeftLora:
     """PEFT's own LoRA on one layer, asked what our methods are asked."""
 
@@ -254,9 +268,12 @@ class _PeftLora:
     def __init__(self, layer: Any) -> None:
         self.lora_A, self.dropout = layer.lora_A[_NAME].weight, layer.lora_dropout[_NAME]
         self._width = layer.in_features + layer.out_features
+        self._whole = layer.get_param().numel() if isinstance(layer, ParamWrapper) else 0
 
     def saved_bytes(self, tokens: int, itemsize: int, copied: int) -> int:
-        """A x, and the copies that autocast makes of A and B."""
+        """A x, and the copies that autocast makes of A and B; W + ΔW where it adapts a bare parameter."""
+        if self._whole:
+            return self._whole * itemsize
         rank = len(self.lora_A)
         return tokens * rank * itemsize + copied * rank * self._width
 

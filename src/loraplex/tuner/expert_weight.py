@@ -31,5 +31,11 @@ class ExpertLinear(nn.Linear):
         matrix = stack if self.index is None else stack[self.index]
         return matrix.T if self.transposed else matrix
 
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the stack holds; 1 of a bare matrix."""
+        owner: Any = self.owner
+        return 1 if self.index is None else len(owner._parameters[self.name])
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
