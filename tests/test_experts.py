@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +24,7 @@ import loraplex
 from helpers import METHODS, PLAIN, config, ready
 from loraplex.inspection.budget import plan
 from loraplex.inspection.describe import describe
+from loraplex.inspection.spectra import analyse
 from loraplex.tuner.experts import AdapterParameters
 from loraplex.tuner.layer import AdapterLinear
 
@@ -267,7 +271,123 @@ def test_lora_beside_them_is_counted() -> None:
     assert budget.activation_bytes > 4 * stacks
 
 
+@every_plain
+def test_the_same_settings_twice(method: str, tmp_path) -> None:
+    """Names that are those of stacks and of linear layers, as in models with shared experts."""
+    both = {"target_modules": ["o_proj", "down_proj"]}
+    model = get_peft_model(build("deepseek_v3"), settings(method, **both)).eval()
+    loraplex.add_adapter(model, "second", settings(method, **both))
+    model.save_pretrained(tmp_path)
+    loraplex.load_adapter(model, str(tmp_path), "third")
+    adapted_by = {
+        name: [m.module_name for m in model.modules() if isinstance(m, AdapterLinear) and m.factors(name) is not None]
+        for name in ("default", "second", "third")
+    }
+    assert adapted_by["default"] == adapted_by["second"] == adapted_by["third"]
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe"])
+def test_a_second_adapter_on_all_linear_layers(name: str, tmp_path) -> None:
+    """It adapts what it would adapt on a fresh base, and its file loads there."""
+    model = get_peft_model(build(name), settings("multilora"))
+    loraplex.add_adapter(model, "second", config("aslora", target_modules="all-linear"))
+    alone = get_peft_model(build(name), config("aslora", target_modules="all-linear"))
+    found, expected = model.peft_config["second"], alone.peft_config["default"]
+    assert (found.target_modules, found.target_parameters) == (expected.target_modules, expected.target_parameters)
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    PeftModel.from_pretrained(build(name), tmp_path / "second")
+
+
+def test_threads() -> None:
+    model = adapted("multilora", way="grouped_mm")
+    expected, wrong = output(model), []
+
+    def compute() -> None:
+        for _ in range(40):
+            try:
+                if not torch.allclose(output(model), expected, atol=1e-5):
+                    wrong.append("another output")
+            except Exception as error:  # whatever a race ends in
+                wrong.append(repr(error))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=compute) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+    assert not any("gate_up_proj" in module.__dict__ for module in model.modules())
+
+
+def test_ranks_and_names_to_leave_out() -> None:
+    """Of a whole stack, and of one expert."""
+    patterns = {"rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"experts.down_proj.1": 12}}
+    model = get_peft_model(build("qwen3_moe"), settings("multilora", **patterns))
+    layers = {m.module_name: m.factors("default") for m in model.modules() if isinstance(m, AdapterLinear)}
+    assert {f.r for name, f in layers.items() if "gate_up_proj" in name} == {2}
+    assert {f.r for name, f in layers.items() if "down_proj" in name} == {4}
+    assert {name.rpartition(".")[2] for name, f in layers.items() if f.lora_alpha == 12} == {"1"}
+    with pytest.warns(RuntimeWarning, match=r"did not match anything: \['up_proj'\]"):
+        get_peft_model(build("qwen3_moe"), settings("multilora", rank_pattern={"up_proj": 2}))
+    for excluded, count in ((["mlp.experts", "k_proj"], 0), (["experts.gate_up_proj.3", "k_proj"], 2 * EXPERTS - 1)):
+        named = {"target_parameters": [*STACKS, "mlp.gate.weight"], "exclude_modules": excluded}
+        model = get_peft_model(build("qwen3_moe"), settings("multilora", **named)).eval()
+        found = [m for m in model.modules() if isinstance(m, AdapterLinear) and ".experts." in m.module_name]
+        assert sum(m.factors("default") is not None for m in found) == LAYERS * count
+        assert torch.equal(output(model), output(build("qwen3_moe")))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled(way: str) -> None:
+    """With breaks of the graph; the same outputs."""
+    model = adapted("multilora", way=way)
+    expected = output(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_averages_of_experts_that_saw_no_token() -> None:
+    """What an optimizer's state leaves out is missed by name, and loaded from the schedules' file."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        steps = {"merge_start_step": 20, "merge_interval": 20, "num_merges": 1}
+        model = get_peft_model(build("qwen3_moe"), settings("aslora", target_modules=[], **steps)).train()
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, count: int) -> None:
+        for _ in range(count):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    few, many = IDS[:1, :2], IDS
+    model, optimizer = make()
+    run(model, optimizer, few, 3)
+    again, other = make()
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=r"load_schedules|load the optimizer's state"):
+        run(again, other, many, 1)
+
+
 def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="adapter_names can't be used where bare parameters"):
+        adapted("multilora")(input_ids=IDS, adapter_names=["default", "__base__", "default"])
+    for function in (lambda m: loraplex.calibrate(m, [{"input_ids": IDS}]), lambda m: m.merge_adapter()):
+        with pytest.raises(ValueError, match=r"mean gates of experts|gates depend on the input"):
+            function(adapted("masa-router"))
+    with pytest.raises(ValueError, match=r"target_parameters names experts.typo"):
+        get_peft_model(build("qwen3_moe"), settings("multilora", target_parameters=[*STACKS, "experts.typo"]))
+    with pytest.raises(ValueError, match="neither looked into nor exported"):
+        analyse(get_peft_model(build("qwen3_moe"), LoraConfig(target_modules=[], target_parameters=STACKS)))
     with pytest.raises(ValueError, match="merge it"):
         loraplex.export_lora(adapted("multilora"), "nowhere")
 

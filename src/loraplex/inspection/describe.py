@@ -136,7 +136,8 @@ def _describe(config: dict[str, Any], state: dict[str, Tensor], file_bytes: int 
     own: dict[str, dict[str, list[int]]] = defaultdict(dict)
     shared: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        module, mark, factor = _split(key.removeprefix(_ROOT), method.lower())
+        # Experts' layers have a name of their own in the file, beside the parameter's.
+        module, mark, factor = _split(key.removeprefix(_ROOT).replace(".adapted_", "."), method.lower())
         if mark == "shared":
             shared[factor] = tensor
         elif mark == "factors":

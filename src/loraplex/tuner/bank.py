@@ -129,8 +129,8 @@ def link(model: nn.Module, adapter_name: str, config: AdapterConfig) -> FactorBa
         ValueError: modules of one family differ in shape or rank.
     """
     members = [
-        Member(name, layer_depth(name, config.layers_pattern), module, factors)
-        for name, module in model.named_modules()
+        Member(module.module_name, layer_depth(module.module_name, config.layers_pattern), module, factors)
+        for module in model.modules()
         if isinstance(module, AdapterLinear) and (factors := module.factors(adapter_name)) is not None
     ]
     families = group_families(members, config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from loraplex.tuner.experts import AdapterParameters
 from loraplex.tuner.gates import GatedFactors
 
 
@@ -50,6 +51,7 @@ def calibrate(
     held_out = batches if held_out is None else list(held_out)
     if not batches or not held_out:
         raise ValueError("There is no batch to calibrate on: give some text of the adapter's task.")
+    _refuse_experts(model)
     with _evaluating(model):
         gates = _mean_gates(model, batches)
         for factors, mean in gates.items():
@@ -64,6 +66,7 @@ def gate_use(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str
     Raises:
         ValueError: there is no batch, or no active adapter has gates.
     """
+    _refuse_experts(model)
     with _evaluating(model):
         return {factors.module_name: mean.tolist() for factors, mean in _mean_gates(model, batches).items()}
 
@@ -86,6 +89,16 @@ def set_mean_gates(model: nn.Module, gates: Mapping[str, Sequence[float]]) -> No
         )
     for name, factors in gated.items():
         factors.mean_gate = torch.tensor(gates[name])
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    for holder in (module for module in model.modules() if isinstance(module, AdapterParameters)):
+        if any(isinstance(module, GatedFactors) and module.depends_on_input for module in holder.modules()):
+            raise ValueError(
+                f"{holder.module_name}: mean gates of experts and routers can't be measured yet: each sees some tokens "
+                "only, and an expert may see none. Serve the adapter unmerged, or train with gates that don't "
+                "depend on the input."
+            )
 
 
 def _mean_gates(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[GatedFactors, Tensor]:

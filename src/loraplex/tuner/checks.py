@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from packaging.version import InvalidVersion, Version
+
 from loraplex.io.field_types import is_finite, shown
+from loraplex.version import __version__
 
 _MOST_STEPS = 10**12
 
@@ -35,3 +38,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={shown(value)} is unknown: use one of {', '.join(map(repr, choices))}.")
+
+
+def is_newer(version: object) -> bool:
+    """Whether a version of loraplex comes after this one; what is no version does not."""
+    try:
+        return Version(str(version)) > Version(__version__)
+    except InvalidVersion:
+        return False

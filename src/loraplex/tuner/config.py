@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, TaskType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 
 from loraplex.io.field_types import check_types, fits, shown
 from loraplex.tuner.adapter_files import check_adapter_files
-from loraplex.tuner.checks import check_choice, check_count, check_number
+from loraplex.tuner.checks import check_choice, check_count, check_number, is_newer
 from loraplex.tuner.lora_fields import unknown_field
 from loraplex.tuner.model_card import say_how_to_load
 from loraplex.tuner.patterns import check_pattern
@@ -224,11 +224,18 @@ class AdapterConfig(PeftConfig):
 
     def rank(self, module_name: str) -> int:
         """Rank on the module `module_name`, `rank_pattern` taken into account."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
+        return self._by_pattern(self.rank_pattern, module_name, self.r)
 
     def alpha(self, module_name: str) -> float:
         """Strength on the module `module_name`, `alpha_pattern` taken into account."""
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.lora_alpha)
+        return self._by_pattern(self.alpha_pattern, module_name, self.lora_alpha)
+
+    def _by_pattern(self, patterns: dict[str, Any], module_name: str, default: Any) -> Any:
+        stack = [re.sub(r"\.\d+$", "", module_name)] if self.target_parameters else []
+        for name in (module_name, *stack):  # an expert, "experts.down_proj.3", or all of a stack
+            if (key := get_pattern_key(list(patterns), name)) in patterns:
+                return patterns[key]
+        return default
 
     def scaling(self, module_name: str) -> float:
         """`lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`."""
@@ -274,18 +281,11 @@ class AdapterConfig(PeftConfig):
         unknown = sorted(set(settings) - {f.name for f in fields(cls)})
         if unknown:
             written_by = settings.get("loraplex_version") or "unknown"
-            remedy = "pip install -U loraplex" if _is_newer(written_by) else f"remove the field from {CONFIG_NAME}"
+            remedy = "pip install -U loraplex" if is_newer(written_by) else f"remove the field from {CONFIG_NAME}"
             raise ValueError(
                 f"{CONFIG_NAME} has fields that loraplex {__version__} does not know: {shown(', '.join(unknown))} "
                 f"(written by loraplex {shown(written_by)}). Remedy: {remedy}."
             )
-
-
-def _is_newer(version: object) -> bool:
-    try:
-        return Version(str(version)) > Version(__version__)
-    except InvalidVersion:
-        return False
 
 
 def unscaled(config: Any, r: int, **settings: Any) -> Any:

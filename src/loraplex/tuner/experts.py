@@ -8,6 +8,9 @@ object that stands for all of them: where the module multiplies with an expert's
 from __future__ import annotations
 
 import re
+import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,10 +29,21 @@ _TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
 """Classes of transformers whose stacks are `(experts, in, out)`, and that don't say so by `is_transposed`."""
 
 
+_CHILD = "adapted_"
+_LOCK = threading.Lock()
+_USERS: Counter[tuple[int, str]] = Counter()
+"""How many forwards compute with the stand-in of a module's parameter."""
+
+
+class AdapterMatrix(AdapterLinear):
+    """The adapted layer of one matrix. By its name "all-linear" does not take it for a linear layer of the model."""
+
+
 class AdapterParameters(nn.Module):
     """A module some of whose own parameters are adapted: for each, a list of its experts' layers or one layer.
 
-    The children have the parameters' names; `base_layer` is the module as it was.
+    The children are called after the parameters, `adapted_…`: PEFT would take the parameters' own names for those of
+    modules to adapt. `base_layer` is the module as it was.
     """
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
@@ -48,27 +62,35 @@ class AdapterParameters(nn.Module):
 
     def layers_of(self, name: str) -> list[AdapterLinear]:
         """The layers of the parameter `name`, made when they are first asked for."""
-        if name not in self._modules:
+        if f"{_CHILD}{name}" not in self._modules:
             parameter = self.base_layer._parameters[name]
             assert parameter is not None
             transposed = _is_transposed(self.base_layer, f"{self.module_name}.{name}", parameter)
             whole = f"{self.module_name}.{name}"
             if parameter.ndim == 2:
-                self.add_module(name, AdapterLinear(ExpertLinear(self.base_layer, name, None, transposed), whole))
+                self.add_module(
+                    f"{_CHILD}{name}", AdapterMatrix(ExpertLinear(self.base_layer, name, None, transposed), whole)
+                )
             else:
                 experts = (ExpertLinear(self.base_layer, name, i, transposed) for i in range(len(parameter)))
-                self.add_module(name, nn.ModuleList(AdapterLinear(e, f"{whole}.{e.index}") for e in experts))
+                layers = nn.ModuleList(AdapterMatrix(e, f"{whole}.{e.index}") for e in experts)
+                self.add_module(f"{_CHILD}{name}", layers)
         return self._list(name)
 
     def _list(self, name: str) -> list[AdapterLinear]:
-        child: Any = self._modules[name]
+        child: Any = self._modules[f"{_CHILD}{name}"]
         return [child] if isinstance(child, AdapterLinear) else list(child)
 
     def adapted(self) -> Iterator[tuple[str, list[AdapterLinear]]]:
         """The adapted parameters' names, with their layers."""
-        yield from ((name, self._list(name)) for name in self._modules if name != "base_layer")
+        for child in self._modules:
+            if child != "base_layer":
+                name = child.removeprefix(_CHILD)
+                yield name, self._list(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_offloaded(self.base_layer):
+            raise ValueError(f"{self.module_name} was offloaded after it was adapted: keep the experts in memory.")
         with ExitStack() as stack:
             for name, layers in self.adapted():
                 if any(layer.disable_adapters or layer.merged for layer in layers):
@@ -87,12 +109,18 @@ class AdapterParameters(nn.Module):
         stand_in: StandIn = Matrix(layers[0], parameter, inner.transposed)
         if parameter.ndim == 3:
             stand_in = Stack(layers, parameter, inner.transposed)
-        # An attribute of the instance hides the parameter of the same name.
-        self.base_layer.__dict__[name] = stand_in
+        # An attribute of the instance hides the parameter of the same name, for all threads that compute with it.
+        key = id(self.base_layer), name
+        with _LOCK:
+            _USERS[key] += 1
+            self.base_layer.__dict__.setdefault(name, stand_in)
         try:
             yield
         finally:
-            del self.base_layer.__dict__[name]
+            with _LOCK:
+                _USERS[key] -= 1
+                if not _USERS[key]:
+                    del _USERS[key], self.base_layer.__dict__[name]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -115,14 +143,23 @@ def adapt_parameters(model: nn.Module, config: AdapterConfig, add: Callable[[Ada
     Returns:
         The parameters' names.
     """
-    found = []
+    found, missing = [], {*(config.target_parameters or ())}
     for module_name, module in list(model.named_modules()):
         name = module_name.removesuffix(".base_layer")
         for parameter in list(module._parameters):
-            if takes_parameter(config, f"{name}.{parameter}"):
+            whole = f"{name}.{parameter}"
+            ends = {end for end in config.target_parameters or () if f".{whole}".endswith(f".{end}")}
+            missing -= ends
+            if ends and not _is_left_out(config, whole):
                 for layer in _holder_of(model, name, module).layers_of(parameter):
-                    add(layer)
-                found.append(f"{name}.{parameter}")
+                    if not _is_excluded(config, layer.module_name):
+                        add(layer)
+                found.append(whole)
+    if missing:
+        raise ValueError(
+            f"target_parameters names {', '.join(sorted(missing))}, which the model has not as plain parameters: "
+            "correct the names, or leave them out."
+        )
     return found
 
 
@@ -139,19 +176,38 @@ def _holder_of(model: nn.Module, name: str, module: nn.Module) -> AdapterParamet
     return holder
 
 
-def takes_parameter(config: AdapterConfig, name: str) -> bool:
-    """Whether `target_parameters` names the parameter, and the layers and names to leave out don't."""
-    if not any(f".{name}".endswith(f".{end}") for end in config.target_parameters or ()):
-        return False
+@contextmanager
+def patterns_for_parameters(model: nn.Module, config: AdapterConfig, adapter_name: str) -> Iterator[None]:
+    """Warn of patterns that match nothing in PEFT's place, which does not know of the layers of bare parameters."""
+    if not config.target_parameters:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+        yield
+    layers = (module for module in model.modules() if isinstance(module, AdapterLinear))
+    names = [layer.module_name for layer in layers if layer.factors(adapter_name) is not None]
+    for field in ("rank_pattern", "alpha_pattern"):
+        ends = {key: re.compile(rf"(.*\.)?({key})(\.\d+)?$") for key in getattr(config, field)}
+        if unused := sorted(key for key, end in ends.items() if not any(map(end.match, names))):
+            warnings.warn(f"The following {field} keys did not match anything: {unused}.", RuntimeWarning, stacklevel=2)
+
+
+def _is_left_out(config: AdapterConfig, name: str) -> bool:
+    """Whether the settings leave out the layer or the module that the parameter belongs to."""
     layers = config.layers_to_transform
-    if layers is not None and layer_depth(name, config.layers_pattern) not in (
-        [layers] if isinstance(layers, int) else layers
-    ):
-        return False
+    if layers is not None:
+        depth = layer_depth(name, config.layers_pattern)
+        if depth not in ([layers] if isinstance(layers, int) else layers):
+            return True
+    return _is_excluded(config, name) or _is_excluded(config, name.rpartition(".")[0])
+
+
+def _is_excluded(config: AdapterConfig, name: str) -> bool:
     excluded = config.exclude_modules or ()
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is None
-    return not any(f".{name}".endswith(f".{end}") for end in excluded)
+        return re.fullmatch(excluded, name) is not None
+    return any(f".{name}".endswith(f".{end}") for end in excluded)
 
 
 def _is_transposed(module: nn.Module, name: str, parameter: Tensor) -> bool:

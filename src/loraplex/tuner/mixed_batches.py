@@ -10,6 +10,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from loraplex.tuner.experts import AdapterParameters
 from loraplex.tuner.layer import AdapterLinear
 
 
@@ -22,6 +23,11 @@ def passed_down(model: Any, adapter_names: list[str], beams: int) -> Iterator[No
         adapter_names: which adapter each example of the batch has.
         beams: how many beams `generate` follows for each example.
     """
+    if any(isinstance(module, AdapterParameters) for module in model.modules()):
+        raise ValueError(
+            "adapter_names can't be used where bare parameters are adapted (target_parameters): experts get the tokens "
+            "of all examples together. Use set_adapter, one adapter at a time."
+        )
     # generate repeats each example once per beam, except in the encoder.
     repeated = [name for name in adapter_names for _ in range(beams)]
     encoder = {*model.get_encoder().modules()} if _is_encoder_decoder(model) else set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,7 +22,7 @@ from loraplex.tuner.attempt import Attempt, all_or_nothing, running
 from loraplex.tuner.bank import find_bank, link, shared_by
 from loraplex.tuner.combine import COMBINATIONS, add_weighted_adapter
 from loraplex.tuner.config import AdapterConfig
-from loraplex.tuner.experts import adapt_parameters
+from loraplex.tuner.experts import adapt_parameters, patterns_for_parameters
 from loraplex.tuner.layer import AdapterLayer, AdapterLinear, put_around
 from loraplex.tuner.left_out import add_bare_weights, warn_of_left_out
 from loraplex.tuner.load_checks import back_up_values, check_config, check_tensors, warn_of_nonfinite, weights_of
@@ -41,8 +40,6 @@ from loraplex.tuner.schedule_callback import join_trainers
 from loraplex.tuner.sharing import SharedFactors
 from loraplex.tuner.tokens import adapted_too, check_tokens, pass_adapters_without_tokens
 from loraplex.tuner.updates import ROOT
-
-logger = logging.getLogger(__name__)
 
 
 class AdapterModel(MergingModel):
@@ -126,7 +123,8 @@ class AdapterModel(MergingModel):
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_tokens(model, config)
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with patterns_for_parameters(model, config, adapter_name):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except TypeError as error:
             if "trainable_token_indices" in str(error):
                 raise adapted_too(f"A module ({error})") from error

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from loraplex.tuner.layer import AdapterLinear
 
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+"""torch's products of sorted rows with their expert's matrix, and transformers' own."""
+
 
 class StandIn(ABC):
     """Something that a module takes for its parameter."""
@@ -128,7 +131,7 @@ class Stack(StandIn):
         return Stack(self.layers, self.tensor.transpose(one, other), not self.transposed)
 
     def knows(self, func: str, at: int) -> bool:
-        return at == 1 and self.transposed and func in ("grouped_mm", "_grouped_mm", "bmm")
+        return at == 1 and self.transposed and func in (*_GROUPED, "bmm")
 
     def with_updates(self, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -96,6 +97,11 @@ def adapted(model: nn.Module, adapter_name: str, mergeable: bool = True) -> list
     for name, layer in model.named_modules():
         if isinstance(layer, AdapterLinear) and (factors := layer.factors(adapter_name)) is not None:
             found.append((layer, factors))
+        elif isinstance(layer, ParamWrapper) and adapter_name in layer.lora_A:
+            raise ValueError(
+                f"{name.removeprefix(ROOT)}: a LoRA of PEFT's on bare parameters (target_parameters) is neither looked "
+                "into nor exported: merge it with PEFT's merge_and_unload."
+            )
         elif isinstance(layer, LoraLayer) and adapter_name in {*layer.lora_A, *layer.lora_embedding_A}:
             found.append((layer, LoraUpdate(name.removeprefix(ROOT), layer, adapter_name)))
     if mergeable:

@@ -68,7 +68,15 @@ class RunningAverages:
 
     def _check(self, family: str, states: dict[int, dict[str, Any]], steps: int, merged: bool) -> None:
         """Put averages in place that the training state lacks, though the adapter was averaged before."""
-        found = max(state.get("aslora_steps", 0) for state in states.values())
+        counts = {state.get("aslora_steps", 0) for state in states.values()}
+        found = max(counts)
+        if found and len(counts) > 1:
+            raise RuntimeError(
+                f"ASLoRA can't go on: of the running averages of {family}, some are of step {found} and some of step "
+                f"{min(counts)}, since the optimizer's state leaves out what never got a gradient. Remedy: write "
+                "loraplex.save_schedules(model, checkpoint) beside the optimizer's state, and call "
+                "loraplex.load_schedules(model, checkpoint) after loading it; ScheduleCallback does both in a trainer."
+            )
         if found == 0 and steps and family in self.by_family:
             # Another optimizer has taken over in this process.
             for layer, state in states.items():
