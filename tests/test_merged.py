@@ -23,7 +23,7 @@ from transformers import AutoConfig
 import helpers as h
 import loraplex
 from helpers import ARCHS, MERGEABLE, config, naive_updates, output, ready, relative
-from loraplex.export import merged
+from loraplex.export import checkpoint_files, merged
 from loraplex.export.merged import MergedExport, OtherLayout, merge_checkpoint
 
 LLAMA = ARCHS["llama"]
@@ -451,7 +451,7 @@ def test_one_file_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
         write(path, tensors, **metadata)
 
-    monkeypatch.setattr(merged, "safe_open", Opened)
+    monkeypatch.setattr(checkpoint_files, "safe_open", Opened)
     monkeypatch.setattr(merged, "write_tensors", record)
     room.merge()
     assert sorted(written) == sorted(path.name for path in room.base.glob("*.safetensors"))
