@@ -697,3 +697,17 @@ def test_memory_that_is_yet_to_be_filled_is_no_map() -> None:
     assert len(list(shared.trained())) == sum(len(set(mapped)) for mapped in maps.values())
     model.load_state_dict(state)
     assert shared.maps == maps
+
+
+def test_memory_that_was_only_allocated_is_no_map():
+    """`to_empty` may find zeros, which no merging leads to: until it is filled, the map stays what it was."""
+    model = h.adapted("aslora")
+    bank = h.shared_state(model)
+    before = {name: list(mapped) for name, mapped in bank.maps.items()}
+    with torch.no_grad():
+        for buffer in bank.buffers():
+            buffer.zero_()
+    bank.train()
+    for layer in h.layers_of(model).values():
+        assert layer.factors("default").lora_B is not None  # its map is looked at again
+    assert bank.maps == before

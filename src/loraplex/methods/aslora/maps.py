@@ -173,8 +173,8 @@ class MergeMaps(Scheduled):
         merges: Tensor = getattr(self, f"{family}__merges")
         if not merges.is_meta:
             mapped, (*_, steps) = merges.tolist()
-            if any(owner not in range(len(mapped)) for owner in mapped):
-                return  # to_empty has allocated it, and it is filled later
+            if any(owner not in range(layer, len(mapped)) for layer, owner in enumerate(mapped)):
+                return  # to_empty has allocated it, with zeros perhaps, and it is filled later
             self.maps[family] = mapped
             if steps != self.steps[family]:
                 self.steps[family] = steps
