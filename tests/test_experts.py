@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 
@@ -353,7 +354,7 @@ def test_compiled(way: str) -> None:
         torch.testing.assert_close(compiled(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_averages_of_experts_that_saw_no_token() -> None:
+def test_averages_of_experts_that_saw_no_token(tmp_path) -> None:
     """What an optimizer's state leaves out is missed by name, and loaded from the schedules' file."""
 
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -373,9 +374,19 @@ def test_averages_of_experts_that_saw_no_token() -> None:
     run(model, optimizer, few, 3)
     again, other = make()
     again.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(RuntimeError, match=r"load_schedules|load the optimizer's state"):
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(RuntimeError, match=r"some are of step 3 and some of step 0.*load_schedules"):
         run(again, other, many, 1)
+    loraplex.save_schedules(model, tmp_path)
+    again, other = make()
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    loraplex.load_schedules(again, tmp_path)
+    for this, its in ((model, optimizer), (again, other)):
+        run(this, its, many, 40)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    merged = [key for key, value in again.state_dict().items() if key.endswith("__merges") and value[1, :-1].any()]
+    assert len(merged) == 2 * EXPERTS
 
 
 def test_what_is_refused() -> None:

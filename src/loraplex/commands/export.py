@@ -66,7 +66,10 @@ def add_common(parser: CommandParser) -> None:
         "--allow-nonfinite", action="store_true", help="write an adapter that holds NaN or Inf as it is"
     )
     parser.add_argument(
-        "--calibration", nargs="*", metavar="DATA", help="measure MASA's mean gates on DATA, or on the run's own data"
+        "--calibration",
+        nargs="*",
+        metavar="DATA",
+        help="measure a router's mean gates on DATA, or on the run's own data",
     )
     parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -24,7 +24,7 @@ def _add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--with-data",
         action="store_true",
-        help="with --plots: draw which experts MASA's router uses on the run's held-out data",
+        help="with --plots: draw which experts a router uses on the run's held-out data",
     )
     parser.add_argument(
         "--method", metavar="M", help="the adapter's method, where it is a class of your own: module:Class"

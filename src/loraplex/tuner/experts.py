@@ -2,7 +2,8 @@
 
 Each matrix of a stack is a linear layer with adapters of its own, so that equation, sharing, merging, files and
 inspection are those of any other layer. While the module of the experts computes, its parameter is replaced by an
-object that stands for all of them: where the module multiplies with an expert's matrix, the expert's layer is called.
+object that stands for all of them: where the module multiplies with an expert's matrix, the expert's layer adds its
+update.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loraplex.runtime.parallel import refuse_fsdp1
 from loraplex.runtime.placement import is_offloaded
 from loraplex.tuner.config import AdapterConfig
 from loraplex.tuner.expert_weight import ExpertLinear
@@ -27,8 +30,6 @@ from loraplex.tuner.stand_ins import Matrix, Stack, StandIn
 
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
 """Classes of transformers whose stacks are `(experts, in, out)`, and that don't say so by `is_transposed`."""
-
-
 _CHILD = "adapted_"
 _LOCK = threading.Lock()
 _USERS: Counter[tuple[int, str]] = Counter()
@@ -91,6 +92,8 @@ class AdapterParameters(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_offloaded(self.base_layer):
             raise ValueError(f"{self.module_name} was offloaded after it was adapted: keep the experts in memory.")
+        if self.training and not torch.compiler.is_compiling():
+            refuse_fsdp1(self)  # the experts' layers, which do so, are not called
         with ExitStack() as stack:
             for name, layers in self.adapted():
                 if any(layer.disable_adapters or layer.merged for layer in layers):
